@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import orjson
 import zarr
 import zarr.codecs
 from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec
@@ -25,6 +24,7 @@ from zarr.registry import get_codec_class
 
 from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError
 from icechunk.format.values import NodeKind
+from icechunk.runtime import json_codec
 from icechunk.runtime.twins import synchronous
 from icechunk.session import Session
 from icechunk.store import IcechunkStore
@@ -82,7 +82,7 @@ async def from_kerchunk_async(
         described[path] = key
         attributes = _document(refs.get(key[: -len(name)] + ".zattrs", "{}"))
         if name == ".zgroup":
-            text = orjson.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+            text = json_codec.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes})
             await store.set(metadata_key_text(path), cpu.Buffer.from_bytes(text))
         else:
             arrays[parent] = _document(refs[key])
@@ -272,8 +272,8 @@ def _document(value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return dict(value)
     try:
-        parsed = orjson.loads(_bytes(value))
-    except orjson.JSONDecodeError as error:
+        parsed = json_codec.loads(_bytes(value))
+    except json_codec.JSONDecodeError as error:
         raise _bad(f"metadata is not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise _bad("metadata is not a JSON object")

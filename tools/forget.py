@@ -27,7 +27,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
-import orjson
 from zarr.core.buffer import default_buffer_prototype
 
 import icechunk
@@ -36,6 +35,7 @@ from icechunk.errors import FormatError
 from icechunk.format.envelope import FileType, unseal
 from icechunk.format.manifest import decode_manifest
 from icechunk.maintenance.repack_plan import MAX_STORED
+from icechunk.runtime import json_codec
 from icechunk.storage.memory import MemoryStorage
 
 __all__ = ["LAYOUTS", "Outcome", "run"]
@@ -415,7 +415,7 @@ def _parts(data: bytes) -> Iterator[bytes]:
         for found in _documents(payload):
             yield from found
     if data.startswith(b"{"):
-        yield from _embedded(orjson.loads(data))
+        yield from _embedded(json_codec.loads(data))
 
 
 def _documents(payload: bytes) -> Iterator[Iterator[bytes]]:

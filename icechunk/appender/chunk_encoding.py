@@ -18,11 +18,12 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 from zarr.codecs import BytesCodec, ZstdCodec
 from zarr.core.array_spec import ArraySpec, parse_array_config
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.metadata import ArrayV3Metadata
+
+from icechunk.runtime.zstd import zstd
 
 __all__ = [
     "ChunkEncoder",
@@ -141,7 +142,9 @@ def whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
         return None
     is_absent = np.isnat(exact)
     any_absent = bool(is_absent.any())
-    passed_ns = (exact - since).astype(np.int64)
+    # As integers, which wrap around: since numpy 2.5 times raise an error then.
+    with np.errstate(over="ignore"):
+        passed_ns = np.asarray(exact.view(np.int64) - since.astype(np.int64))
     if any_absent:
         passed_ns[is_absent] = 0
     if not np.array_equal(passed_ns < 0, exact < since):
@@ -378,7 +381,7 @@ class _Zstd(NamedTuple):
     level: int
     """As zstd has it: 0 is its default, 3."""
     checksum: bool
-    free: list[zstandard.ZstdCompressor]
+    free: list[zstd.ZstdCompressor]
     """Compressors that are not in use; while one is in use, no other thread finds it."""
 
     @classmethod
@@ -390,7 +393,7 @@ class _Zstd(NamedTuple):
         try:
             compressor = self.free.pop()
         except IndexError:
-            compressor = zstandard.ZstdCompressor(level=self.level, write_checksum=self.checksum)
+            compressor = zstd.ZstdCompressor(level=self.level, write_checksum=self.checksum)
         frame = compressor.compress(octets)
         self.free.append(compressor)
         return frame

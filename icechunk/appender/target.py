@@ -18,7 +18,6 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import zarr.api.asynchronous as azarr
 from zarr.core.array import AsyncArray
 from zarr.core.buffer import default_buffer_prototype
@@ -38,6 +37,7 @@ from icechunk.appender.chunk_encoding import (
     whole_units,
 )
 from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.runtime import json_codec
 from icechunk.runtime.tasks import run_each
 from icechunk.session import Session
 from icechunk.transfer.assets import off_loop
@@ -186,7 +186,7 @@ class Target:
             document = await session.store.get(key, default_buffer_prototype())
             if document is None:
                 return
-            found = orjson.loads(document.to_bytes())
+            found = json_codec.loads(document.to_bytes())
             if found.get("node_type") == "array":
                 target.variables[name] = Variable.of(name, found, dim)
 
@@ -634,7 +634,7 @@ def _portions(bands: Sequence[_Band], enough_bytes: int, enough: int) -> Iterato
 
 async def _put_document(store: Any, path: str, variable: Variable) -> None:
     # zarr takes a millisecond to write the document again, though only its shape differs.
-    document = orjson.dumps(variable.document | {"shape": variable.shape})
+    document = json_codec.dumps(variable.document | {"shape": variable.shape})
     await store.set(f"{path}/zarr.json", default_buffer_prototype().buffer.from_bytes(document))
 
 
@@ -717,7 +717,7 @@ async def _first(dataset: Any, empty: Target, keep: int | None) -> Batch:
         meta = array.metadata
         assert isinstance(meta, ArrayV3Metadata)
         document = meta.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
-        made = Variable.of(str(name), orjson.loads(document), empty.dim)
+        made = Variable.of(str(name), json_codec.loads(document), empty.dim)
         kept = in_dtype(values, made.dtype)
         if kept is None:
             raise empty._refused(f"{name} cannot be stored: its values are not all of one kind: {values.flat[0]!r}…")

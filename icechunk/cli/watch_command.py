@@ -7,10 +7,9 @@ import subprocess
 import sys
 from typing import Any
 
-import orjson
-
 from icechunk.cli.terminal import Failure
 from icechunk.repository.watch import RepositoryEvent
+from icechunk.runtime import json_codec
 
 __all__ = ["add_options", "as_json", "watch"]
 
@@ -43,7 +42,7 @@ def watch(repo: Any, args: argparse.Namespace) -> int:
         args.branch, since=args.since, idle_s=args.idle, stop_at_end=args.stop_at_end, with_changes=args.changes
     )
     for event in events:
-        line = orjson.dumps(as_json(event)).decode()
+        line = json_codec.dumps(as_json(event)).decode()
         if args.exec:
             done = subprocess.run(args.exec, shell=True, input=f"{line}\n", text=True, check=False)
             if done.returncode:

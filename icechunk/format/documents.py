@@ -1,4 +1,4 @@
-"""Reading zarr.json documents: all JSON that the official library keeps, some of which `orjson` refuses."""
+"""Reading zarr.json documents: all JSON that the official library keeps, some of which orjson refuses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final
 
-import orjson
+from icechunk.runtime import json_codec
 
 __all__ = ["parse_document"]
 
@@ -25,8 +25,8 @@ def parse_document(data: bytes) -> Any:
         It is no JSON. Where that is for ``NaN`` or an infinity, which JSON does not have, the message names the place.
     """
     try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError as error:
+        return json_codec.loads(data)
+    except json_codec.JSONDecodeError as error:
         refused = error
     constants: list[_Constant] = []
 

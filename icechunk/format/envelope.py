@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, NamedTuple
 
-import zstandard
-
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.flat.flatbuffers import Payload
 from icechunk.runtime.about import CLIENT_NAME
+from icechunk.runtime.zstd import zstd
 
 __all__ = [
     "COMPRESSION_ZSTD",
@@ -43,14 +42,15 @@ _JOINED_BYTES: Final = 32 * 2**20
 # slices of one kilobyte, so it overshoots the limit by no more than that.
 _SLICE: Final = 1024
 _SMALL_BYTES: Final = 64 * 1024
-_LARGE_PAGES_FROM: Final = 32 * 2**20 if hasattr(mmap, "MADV_HUGEPAGE") else sys.maxsize
+_CAN_TAKE_LARGE_PAGES: Final = hasattr(mmap, "MADV_HUGEPAGE") and hasattr(zstd.ZstdDecompressor, "stream_reader")
+_LARGE_PAGES_FROM: Final = 32 * 2**20 if _CAN_TAKE_LARGE_PAGES else sys.maxsize
 """Smaller payloads are decompressed faster to memory that is used again."""
 _BLOCK_HEADER: Final = 3
 _REPEATED: Final = 1
 _CHECKSUM: Final = 4
-_compressors: Final[dict[int, list[zstandard.ZstdCompressor]]] = {}
+_compressors: Final[dict[int, list[zstd.ZstdCompressor]]] = {}
 """Compressors that are not in use, by level."""
-_decompressors: Final[list[zstandard.ZstdDecompressor]] = []
+_decompressors: Final[list[zstd.ZstdDecompressor]] = []
 """Decompressors that are not in use."""
 
 
@@ -133,12 +133,12 @@ def _compress(payload: bytes | bytearray | memoryview, level: int) -> bytes:
     # A compressor takes longer to make than a small payload to compress. Those that have only had small ones take
     # little memory and are kept; while one is in use, no other thread finds it.
     if len(payload) > _SMALL_BYTES:
-        return zstandard.ZstdCompressor(level=level, write_checksum=True).compress(payload)
+        return zstd.ZstdCompressor(level=level, write_checksum=True).compress(payload)
     kept = _compressors.setdefault(level, [])
     try:
         compressor = kept.pop()
     except IndexError:
-        compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
+        compressor = zstd.ZstdCompressor(level=level, write_checksum=True)
     frame = compressor.compress(payload)
     kept.append(compressor)
     return frame
@@ -216,7 +216,7 @@ def _limit(file_type: FileType, size: int) -> int:
 def _decompress(frame: memoryview, file_type: FileType, name: str) -> Payload:
     limit = _limit(file_type, len(frame))
     try:
-        declared = zstandard.frame_content_size(frame)
+        declared = zstd.frame_content_size(frame)
         if declared > limit:
             raise FormatError(f"cannot read {name}: {len(frame)} bytes claim to decompress to {declared}{_REMEDY}")
         if declared > 0:
@@ -224,14 +224,14 @@ def _decompress(frame: memoryview, file_type: FileType, name: str) -> Payload:
             try:
                 decompressor = _decompressors.pop()
             except IndexError:
-                decompressor = zstandard.ZstdDecompressor()
+                decompressor = zstd.ZstdDecompressor()
             try:
                 if declared > _LARGE_PAGES_FROM:
                     return _decompress_to_large_pages(decompressor, frame, declared, name)
                 return decompressor.decompress(frame, allow_extra_data=False)
             finally:
                 _decompressors.append(decompressor)
-        stream = zstandard.ZstdDecompressor().decompressobj()
+        stream = zstd.ZstdDecompressor().decompressobj()
         parts: list[bytes] = []
         total = 0
         for start in range(0, len(frame), _SLICE):
@@ -250,13 +250,13 @@ def _decompress(frame: memoryview, file_type: FileType, name: str) -> Payload:
             raise FormatError(f"cannot read {name}: its zstd frame is truncated")
         if total <= _JOINED_BYTES:
             return b"".join(parts)
-        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=total)
-    except (zstandard.ZstdError, MemoryError, OSError) as error:
+        return zstd.ZstdDecompressor().decompress(frame, max_output_size=total)
+    except (zstd.ZstdError, MemoryError, OSError) as error:
         raise FormatError(f"cannot read {name}: its zstd frame is corrupt ({error})") from error
 
 
 def _decompress_to_large_pages(
-    decompressor: zstandard.ZstdDecompressor, frame: memoryview, size: int, name: str
+    decompressor: zstd.ZstdDecompressor, frame: memoryview, size: int, name: str
 ) -> mmap.mmap:
     """Decompress one frame that declares that size to memory that the system gives in large pages, where it can.
 
@@ -282,10 +282,10 @@ def _frame_size(frame: memoryview) -> int:
 
     Raises
     ------
-    zstandard.ZstdError
+    zstd.ZstdError
         Its header is corrupt.
     """
-    end = zstandard.frame_header_size(frame)
+    end = zstd.frame_header_size(frame)
     is_last = False
     while not is_last and end <= len(frame) - _BLOCK_HEADER:
         header = int.from_bytes(frame[end : end + _BLOCK_HEADER], "little")
@@ -294,4 +294,4 @@ def _frame_size(frame: memoryview) -> int:
         end += _BLOCK_HEADER + (1 if header >> 1 & 3 == _REPEATED else header >> 3)
     if not is_last:
         return len(frame) + 1
-    return end + (_CHECKSUM if zstandard.get_frame_parameters(frame).has_checksum else 0)
+    return end + (_CHECKSUM if zstd.get_frame_parameters(frame).has_checksum else 0)

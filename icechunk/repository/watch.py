@@ -22,8 +22,6 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, ClassVar, Final
 
-import orjson
-
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, SnapshotNotFoundError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id, object_id_from_text
 from icechunk.format.repo import repo_info as stored
@@ -31,6 +29,7 @@ from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.state import RepoState
 from icechunk.repository.changes import ChangedRegions, Changes
 from icechunk.repository.views import snapshot_info, update
+from icechunk.runtime import json_codec
 from icechunk.runtime.checks import require_type
 from icechunk.runtime.clock import moment
 from icechunk.runtime.representation import Described
@@ -471,7 +470,7 @@ def _refs(state: RepoState) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _refs_token(branches: dict[str, str], tags: dict[str, str]) -> str:
-    data = zlib.compress(orjson.dumps([branches, tags]))
+    data = zlib.compress(json_codec.dumps([branches, tags]))
     return f"{_REFS_TOKEN}.{base64.urlsafe_b64encode(data).decode().rstrip('=')}"
 
 
@@ -482,7 +481,7 @@ def _parse_refs_token(token: str) -> tuple[dict[str, str], dict[str, str]]:
             raise ValueError(version)
         packed = base64.urlsafe_b64decode(data + "=" * (-len(data) % 4))
         unpacker = zlib.decompressobj()
-        branches, tags = orjson.loads(unpacker.decompress(packed, _MOST_TOKEN_BYTES))
+        branches, tags = json_codec.loads(unpacker.decompress(packed, _MOST_TOKEN_BYTES))
         return {str(k): str(v) for k, v in branches.items()}, {str(k): str(v) for k, v in tags.items()}
     except (ValueError, binascii.Error, zlib.error, AttributeError, TypeError) as error:
         raise _malformed(token) from error

@@ -343,6 +343,6 @@ async def test_a_mapping_may_repeat_a_fixed_time() -> None:
         await appender.put(rows(0, 1).assign_coords(begin=begin), offset=0)
         row = {"v": np.full(4, 1, "f4"), "time": np.datetime64("1970-01-01T01")}
         with pytest.raises(InvalidInputError):
-            await appender.put(row | {"begin": begin + 1}, offset=1)
+            await appender.put(row | {"begin": begin + np.timedelta64(1, "ns")}, offset=1)
         await appender.put(row | {"begin": begin}, offset=1)
     assert await stored(repo) == [0, 1]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import orjson
+from icechunk.runtime import json_codec
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = ROOT / "spec"
 PAGES = sorted(SPEC.rglob("*.md"))
 
-ZARR_ARRAY = orjson.dumps(
+ZARR_ARRAY = json_codec.dumps(
     {
         "zarr_format": 3,
         "node_type": "array",

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 
+from icechunk.runtime import json_codec
 from spec.model.recorded import Slot, floor_of, slot_of_key
 from spec.model.replay import G_US, Problem, main, replay
 from tests.spec.pages import page
@@ -694,7 +694,7 @@ def test_the_example_on_the_page_is_allowed() -> None:
     trace.get("a", "repo")
     lines = re.search(r"^```jsonl\n(.*?)^```$", page("model/README.md"), re.MULTILINE | re.DOTALL)
     assert lines is not None
-    example = [orjson.loads(line) for line in lines[1].splitlines()]
+    example = [json_codec.loads(line) for line in lines[1].splitlines()]
     later = [{**record, "t": trace.now_us + record["t"]} for record in example]
     assert replay([*trace.records, *later]) == []
 
@@ -704,7 +704,7 @@ def test_files_of_json_lines_are_read_and_reported(tmp_path: Path, capsys: pytes
     lost_answer(good)
     told_is_sent_again(bad)
     for name, trace in (("good", good), ("bad", bad)):
-        (tmp_path / name).write_bytes(b"\n".join(orjson.dumps(record) for record in trace.records))
+        (tmp_path / name).write_bytes(b"\n".join(json_codec.dumps(record) for record in trace.records))
     assert main([str(tmp_path / "good")]) == 0
     assert main([str(tmp_path / "good"), str(tmp_path / "bad")]) == 1
     assert "rule 2" in capsys.readouterr().out

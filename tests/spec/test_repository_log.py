@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import get_args
 
-import orjson
-
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository import events as e
@@ -22,6 +20,7 @@ from icechunk.log.repository.entry import (
 from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.marker import decode_marker, encode_marker
 from icechunk.log.repository.state import initial_state, try_apply_all
+from icechunk.runtime import json_codec
 from tests.spec.pages import block, code, page, rows
 
 A, B = (ObjectId(bytes([i]) * 12) for i in (1, 2))
@@ -82,7 +81,7 @@ def test_the_entry_example_is_encoded_byte_for_byte() -> None:
     )
     assert again == data
     fields = {code(row[0])[0] for row in rows(page("repository-log.md"), "| field | value |")}
-    assert fields == {*orjson.loads(data), "objects"}
+    assert fields == {*json_codec.loads(data), "objects"}
 
 
 def test_the_entry_example_commits_and_tags_at_once_and_not_the_other_way_round() -> None:
@@ -116,6 +115,6 @@ def test_the_marker_example_is_encoded_byte_for_byte() -> None:
     assert encode_marker(marker) == data
     text = page("repository-log.md").partition("```json marker")[2]
     fields = {name for row in rows(text, "| field | value |") for name in code(row[0])}
-    assert fields == {*orjson.loads(data), "durable", "files"}
+    assert fields == {*json_codec.loads(data), "durable", "files"}
     copies = replace(marker, files={"snapshots/X": b"bytes"})
     assert decode_marker(encode_marker(copies)) == copies

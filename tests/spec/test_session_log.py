@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from itertools import count
 from typing import get_args
 
-import orjson
-
 from icechunk.format.envelope import FileType, seal
 from icechunk.format.ids import FIRST_SNAPSHOT, NodeId, ObjectId
 from icechunk.format.values import Snapshot
@@ -17,6 +15,7 @@ from icechunk.log.session import events as session_events
 from icechunk.log.session.log import SessionLog
 from icechunk.log.session.segment import SegmentHead, SegmentKind, encode_segment
 from icechunk.log.session.wire import decode_log, encode_log
+from icechunk.runtime import json_codec
 from icechunk.session.content import Phase
 from tests.spec.pages import ROOT, ZARR_ARRAY, ZARR_GROUP, block, code, page, rows
 
@@ -30,18 +29,18 @@ def test_the_serialised_session_log_of_the_page_is_encoded_byte_for_byte() -> No
     ids = counted_ids()
     log = SessionLog(base, lambda: next(ids))
     log.set_metadata("/", ZARR_GROUP)
-    header = orjson.loads(block("session-log.md", "json session-log"))
+    header = json_codec.loads(block("session-log.md", "json session-log"))
     size = header["events"][1]["blobs"][0]
-    document = orjson.loads(ZARR_ARRAY)
+    document = json_codec.loads(ZARR_ARRAY)
     document["shape"], document["chunk_grid"]["configuration"]["chunk_shape"] = [4], [2]
-    log.set_metadata("/t", orjson.dumps(document).ljust(size))
+    log.set_metadata("/t", json_codec.dumps(document).ljust(size))
     node = log.node("/t")
     assert node is not None
     log.set_inline(node, (1,), b"\x07\x08")
     data = encode_log(base.id, log.events)
     magic, version, length = struct.unpack_from("<8sHI", data)
     assert (magic, version, (14 + length) % 8) == (b"ICESLOG\n", 1, 0)
-    assert orjson.loads(data[14 : 14 + length]) == header
+    assert json_codec.loads(data[14 : 14 + length]) == header
     again = decode_log(data, base, lambda: next(ids))
     assert encode_log(base.id, again.events) == data
 

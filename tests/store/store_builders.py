@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import orjson
 import pytest
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import cpu, default_buffer_prototype
 
 import icechunk
 from icechunk import IcechunkStore, Repository, Session
+from icechunk.runtime import json_codec
 from icechunk.storage.port import Storage
 
 __all__ = [
@@ -39,7 +39,7 @@ def buffer(data: bytes) -> cpu.Buffer:
 
 def group_document(**attributes: Any) -> bytes:
     """zarr.json of a group."""
-    return orjson.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+    return json_codec.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
 def array_document(shape: tuple[int, ...] = (4, 4), chunks: tuple[int, ...] | None = None, **changes: Any) -> bytes:
@@ -56,7 +56,7 @@ def array_document(shape: tuple[int, ...] = (4, 4), chunks: tuple[int, ...] | No
         "attributes": {},
     }
     document.update(changes)
-    return orjson.dumps({name: value for name, value in document.items() if value is not None})
+    return json_codec.dumps({name: value for name, value in document.items() if value is not None})
 
 
 async def open_session(storage: Storage, *, inline_bytes: int = 512) -> Session:

@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +26,7 @@ from icechunk import (
 )
 from icechunk.errors import ErrorKind, IcechunkError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import ObjectId
+from icechunk.runtime import json_codec
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import GetResult, PutResult, Storage
 from icechunk.store.ranges import join_ranges
@@ -434,7 +434,7 @@ async def test_refused_write_changes_nothing(
         {"name": "fanout", "configuration": {"max_children": 10}},
         "v2",
     ],
-    ids=orjson.dumps,
+    ids=json_codec.dumps,
 )
 async def test_other_chunk_key_encodings_are_refused_with_the_metadata(store: IcechunkStore, encoding: Any) -> None:
     with refused(store.session, InvalidInputError, ErrorKind.INVALID_ARRAY_METADATA):

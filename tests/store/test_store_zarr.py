@@ -39,7 +39,6 @@ import pickle
 import re
 from typing import Any
 
-import orjson
 import pytest
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, cpu
@@ -49,6 +48,7 @@ from zarr.testing.store import StoreTests
 from icechunk import IcechunkStore, InvalidInputError, ReadOnlyError, Session
 from icechunk.errors import ErrorKind
 from icechunk.format.values import NodeKind
+from icechunk.runtime import json_codec
 from icechunk.storage.port import Storage
 from icechunk.store.zarr_keys import ChunkKey, MetadataKey, chunk_key_text, metadata_key_text, parse_key, to_path
 from tests.raising import raises
@@ -382,14 +382,14 @@ class TestIcechunkStore(StoreTests[IcechunkStore, cpu.Buffer]):
         values = {"zarr.json": group_document(hello="world"), "foo/c/0": b'{"foo": "bar"}'}
         for key, value in values.items():
             await self.set(store, key, buffer(value))
-            assert await store._get_json(key, prototype=PROTOTYPE) == orjson.loads(value)
+            assert await store._get_json(key, prototype=PROTOTYPE) == json_codec.loads(value)
 
     @pytest.mark.skipif(not hasattr(Store, "_get_bytes"), reason="this zarr has no such methods")
     def test_get_json_sync(self, store: IcechunkStore) -> None:
         values = {"zarr.json": group_document(hello="world"), "foo/c/0": b'{"foo": "bar"}'}
         for key, value in values.items():
             sync(self.set(store, key, buffer(value)))
-            assert store._get_json_sync(key, prototype=PROTOTYPE) == orjson.loads(value)
+            assert store._get_json_sync(key, prototype=PROTOTYPE) == json_codec.loads(value)
 
     # -- beyond the suite ----------------------------------------------------------------------------------------
 

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import orjson
-
 from icechunk.errors import CommitOutcomeUnknown, ConflictError, FormatError, SessionStateError, StorageError
 from icechunk.format.keys import REPO_KEY
 from icechunk.format.repo.codec import decode_repo
@@ -36,6 +34,7 @@ from icechunk.log.repository.marker import decode_marker
 from icechunk.log.repository.port import Layout, Proposal, Propose, SwapToken
 from icechunk.log.repository.queue import Waiting, proposal_of
 from icechunk.log.repository.state import RepoState
+from icechunk.runtime import json_codec
 from icechunk.storage.port import DeleteResult, ObjectInfo
 from spec.model.replay import Problem, Record, replay
 from tools.simulator import simulation
@@ -148,7 +147,7 @@ def _put(key: str, condition: str, data: bytes) -> dict[str, Any]:
 def _written(key: str, data: bytes) -> dict[str, Any]:
     record: dict[str, Any] = {"key": key}
     if key.startswith("log/") and ".floor/" not in key and ".repo/" not in key:
-        entry = orjson.loads(data)
+        entry = json_codec.loads(data)
         record["entry"] = {**entry, "objects": list(entry.get("objects", ()))}
     if key == REPO_KEY:
         marker = decode_marker(decode_repo(data).extra)

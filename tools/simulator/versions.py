@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from icechunk.errors import (
     ErrorKind,
     FormatError,
@@ -38,6 +36,7 @@ from icechunk.log.repository.marker import (
 )
 from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.state import MAIN, RepoState, try_apply_all
+from icechunk.runtime import json_codec
 from icechunk.storage.port import Absent, Matches, Version
 from tools.simulator.checker import Operation
 from tools.simulator.cluster import Client, Cluster
@@ -91,7 +90,7 @@ def _folded(state: RepoState, entry: Entry) -> RepoState:
 
 def _older_entry(n: int, nonce: bytes, time_us: int, since_us: int | None, events: tuple[e.Event, ...]) -> bytes:
     """An entry with its fields in another order, as an earlier version arranged them."""
-    return orjson.dumps(
+    return json_codec.dumps(
         {
             "events": encode_events(events),
             "since": since_us,
@@ -269,7 +268,7 @@ async def newer_writer(cluster: Cluster) -> None:
         rng.choice(_NEWS)(document)
         key = slot_key(seen.marker.epoch, seen.n + 1)
         try:
-            await client.storage.put(key, orjson.dumps(document), Absent())
+            await client.storage.put(key, json_codec.dumps(document), Absent())
         except PreconditionFailedError:
             continue
         cluster.newer_slot = key

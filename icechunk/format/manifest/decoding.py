@@ -11,7 +11,6 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
 from icechunk.errors import FormatError
 from icechunk.format.by_node import Part, by_rank, owners
@@ -36,6 +35,7 @@ from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.manifest import tables as at_slot
 from icechunk.format.manifest.refs_by_node import grouped_refs, refs_by_node
 from icechunk.format.values import ETAG, ID12, INLINE, LAST_MODIFIED, NATIVE, NO_CHECKSUM, VIRTUAL, ChunkRefs, Manifest
+from icechunk.runtime.zstd import zstd
 
 __all__ = ["DecodedManifests", "RefsOfRank", "decode_coords", "decode_manifest", "decode_manifests"]
 
@@ -241,7 +241,7 @@ def _arrays(buffer: Buffer, fields: Positions) -> tuple[list[NodeId], Positions,
     return nodes, vectors.starts, vectors.counts
 
 
-def _dictionary(root: Table) -> zstandard.ZstdDecompressor | None:
+def _dictionary(root: Table) -> zstd.ZstdDecompressor | None:
     algorithm = root.u8(at_slot.COMPRESSION, at_slot.WITH_DICTIONARY)
     dictionary = root.blob(at_slot.DICTIONARY)
     if algorithm not in (at_slot.PLAIN, at_slot.WITH_DICTIONARY):
@@ -249,8 +249,8 @@ def _dictionary(root: Table) -> zstandard.ZstdDecompressor | None:
     if algorithm == at_slot.PLAIN or not dictionary:
         return None
     try:
-        return zstandard.ZstdDecompressor(dict_data=zstandard.ZstdCompressionDict(dictionary))
-    except (zstandard.ZstdError, ValueError) as error:
+        return zstd.ZstdDecompressor(dict_data=zstd.ZstdCompressionDict(dictionary))
+    except (zstd.ZstdError, ValueError) as error:
         raise root.buffer.fail(f"its dictionary of locations is corrupt ({error})") from error
 
 
@@ -258,7 +258,7 @@ def _decode_rows(
     buffer: Buffer,
     starts: Positions,
     counts: Positions,
-    dictionary: zstandard.ZstdDecompressor | None,
+    dictionary: zstd.ZstdDecompressor | None,
 ) -> list[RefsOfRank]:
     """Columns of the arrays, given the position and the number of the references of each."""
     total = int(counts.sum())
@@ -394,7 +394,7 @@ class _Texts:
             known[start] = numbers.setdefault(data[start : start + size], len(numbers))
         return np.fromiter(map(known.__getitem__, starts), np.int32, len(starts))
 
-    def compressed(self, blobs: Vectors, dictionary: zstandard.ZstdDecompressor | None) -> npt.NDArray[np.int32]:
+    def compressed(self, blobs: Vectors, dictionary: zstd.ZstdDecompressor | None) -> npt.NDArray[np.int32]:
         """The number of each string that is a zstd frame."""
         buffer, numbers = self._buffer, self._numbers
         if dictionary is None:
@@ -405,12 +405,12 @@ class _Texts:
         try:
             for start, size in sizes.items():
                 frame = buffer.data[start : start + size]
-                if zstandard.frame_content_size(frame) > _MAX_LOCATION:
+                if zstd.frame_content_size(frame) > _MAX_LOCATION:
                     raise buffer.fail("a compressed location is too long")
                 raw = dictionary.decompress(frame, max_output_size=_MAX_LOCATION)
                 # A few bytes may decompress to many: the decompressed size counts against the budget.
                 buffer.charge(len(raw) // 8)
                 known[start] = numbers.setdefault(raw, len(numbers))
-        except zstandard.ZstdError as error:
+        except zstd.ZstdError as error:
             raise buffer.fail(f"a compressed location is corrupt ({error})") from error
         return np.fromiter(map(known.__getitem__, starts), np.int32, len(starts))

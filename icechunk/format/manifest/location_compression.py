@@ -8,13 +8,13 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
 from icechunk.format.values import VIRTUAL, ChunkRefs
+from icechunk.runtime.zstd import zstd
 
 __all__ = ["LocationCompression", "LocationDictionary", "trained"]
 
-_LEVELS: Final = (-(2**17), zstandard.MAX_COMPRESSION_LEVEL)
+_LEVELS: Final = (-(2**17), zstd.MAX_COMPRESSION_LEVEL)
 _NO_ROWS: Final = np.empty(0, np.intp)
 
 
@@ -37,15 +37,15 @@ class LocationDictionary:
 
     __slots__ = ("_compressor", "content")
 
-    def __init__(self, dictionary: zstandard.ZstdCompressionDict, level: int) -> None:
+    def __init__(self, dictionary: zstd.ZstdCompressionDict, level: int) -> None:
         self.content: bytes = dictionary.as_bytes()
-        self._compressor = zstandard.ZstdCompressor(level=level, dict_data=dictionary, write_content_size=True)
+        self._compressor = zstd.ZstdCompressor(level=level, dict_data=dictionary, write_content_size=True)
 
     def frames(self, texts: Sequence[bytes]) -> tuple[bytes, npt.NDArray[np.int64]]:
         """One zstd frame for each text, concatenated, and the length of each frame."""
         if not texts:
             return b"", np.empty(0, np.int64)
-        if "multi_compress_to_buffer" in zstandard.backend_features:
+        if "multi_compress_to_buffer" in zstd.backend_features:
             frames: Any = self._compressor.multi_compress_to_buffer(list(texts))
             parts = [frames[i] for i in range(len(frames))]
         else:
@@ -73,7 +73,7 @@ def trained(arrays: Sequence[ChunkRefs], how: LocationCompression) -> LocationDi
         samples.append(refs.locations[int(refs.location[at])].encode("utf-8", "surrogatepass"))
     lowest, highest = _LEVELS
     try:
-        dictionary = zstandard.train_dictionary(how.dictionary_bytes, [s for s in samples if s])
+        dictionary = zstd.train_dictionary(how.dictionary_bytes, [s for s in samples if s])
         return LocationDictionary(dictionary, min(max(how.level, lowest), highest))
-    except (zstandard.ZstdError, ValueError):
+    except (zstd.ZstdError, ValueError):
         return None

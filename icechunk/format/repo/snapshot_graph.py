@@ -13,7 +13,6 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from immutables import Map
 
 from icechunk.errors import FormatError
 from icechunk.format.flat.flatbuffers import Buffer, FlatWriter
@@ -21,6 +20,7 @@ from icechunk.format.ids import ObjectId
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.format.repo.snapshot_encoding import SnapshotRows
 from icechunk.format.repo.stored_snapshots import NO_SNAPSHOTS, RecordsView, StoredSnapshots
+from icechunk.runtime.persistent_map import Map
 
 __all__ = ["ChildrenLeftError", "SnapshotGraph"]
 

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import orjson
-
 from icechunk.errors import ErrorKind, FormatError, IcechunkError, InvalidInputError
 from icechunk.format.ids import decode_id, encode_id
 from icechunk.log.repository import events as e
 from icechunk.log.repository.event_json import EncodedEvents, Fields, TooNewError, decode_events
+from icechunk.runtime import json_codec
 
 __all__ = [
     "LOG_PREFIX",
@@ -151,7 +150,7 @@ def encode_entry(
     if objects:
         document["objects"] = {key: base64.b64encode(data).decode() for key, data in objects.items()}
     # A copy: what orjson returns holds on to several times its length.
-    return bytes(memoryview(orjson.dumps(document)))
+    return bytes(memoryview(json_codec.dumps(document)))
 
 
 def decode_entry(data: bytes, *, n: int, what: str = "") -> Entry:
@@ -172,7 +171,7 @@ def decode_entry(data: bytes, *, n: int, what: str = "") -> Entry:
     """
     where = what or f"slot {n}"
     try:
-        fields = Fields(orjson.loads(data))
+        fields = Fields(json_codec.loads(data))
         version = fields.natural("v")
         if version != VERSION:
             raise TooNewError(f"version {version}, known is {VERSION}")

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-import orjson
-
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import ObjectId, encode_id, encode_ids, object_id_from_text, object_ids_from_texts
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository import events as e
 from icechunk.log.repository.events import pack, unpack
+from icechunk.runtime import json_codec
 
 __all__ = ["EncodedEvents", "Fields", "TooNewError", "decode_events", "encode_events"]
 
@@ -253,8 +252,8 @@ def encode_events(events: Sequence[e.Event]) -> EncodedEvents:
     """
     encoded = [_encode_event(event) for event in events]
     try:
-        orjson.dumps(encoded)
-    except (TypeError, orjson.JSONEncodeError) as error:
+        json_codec.dumps(encoded)
+    except (TypeError, json_codec.JSONEncodeError) as error:
         raise InvalidInputError(f"cannot write the event as JSON: {error}", ErrorKind.SERIALIZATION) from error
     return encoded
 

@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
-import orjson
-
 from icechunk.errors import ErrorKind, FormatError
 from icechunk.format.keys import manifest_key, snapshot_key
 from icechunk.format.repo.repo_info import READ_ONLY, RepoInfo, Status, Update
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.log.repository.state import MAIN, RepoState, from_repo_info, to_repo_info
+from icechunk.runtime import json_codec
 
 __all__ = [
     "READ_ONLY_REASON",
@@ -63,15 +62,15 @@ def write_mark(nonce: bytes, touch: bytes = b"", *, gc_cutoff_us: int = 0) -> by
         document["touch"] = touch.hex()
     if gc_cutoff_us:
         document["gc"] = gc_cutoff_us
-    return orjson.dumps(document)
+    return json_codec.dumps(document)
 
 
 def _document(extra: bytes | None) -> dict[str, Any]:
     if extra is None:
         return {}
     try:
-        document = orjson.loads(extra)
-    except orjson.JSONDecodeError:
+        document = json_codec.loads(extra)
+    except json_codec.JSONDecodeError:
         return {}
     return document if isinstance(document, dict) and _OBJECT_NAME in document else {}
 
@@ -95,7 +94,7 @@ _UPGRADE_NAME: Final = "aioicechunk-upgrade"
 
 def upgrade_mark(nonce: bytes) -> bytes:
     """The bytes of ``extra`` as long as an upgrade from format 1 is not finished."""
-    return orjson.dumps({_UPGRADE_NAME: nonce.hex()})
+    return json_codec.dumps({_UPGRADE_NAME: nonce.hex()})
 
 
 def is_unfinished(info: RepoInfo) -> bool:
@@ -103,8 +102,8 @@ def is_unfinished(info: RepoInfo) -> bool:
     if info.extra is None or info.status.availability != READ_ONLY:
         return False
     try:
-        document = orjson.loads(info.extra)
-    except orjson.JSONDecodeError:
+        document = json_codec.loads(info.extra)
+    except json_codec.JSONDecodeError:
         return False
     return isinstance(document, dict) and _UPGRADE_NAME in document
 
@@ -163,7 +162,7 @@ def encode_marker(marker: Marker) -> bytes:
         document["durable"] = marker.durable
     if marker.files:
         document["files"] = {key: base64.b64encode(data).decode() for key, data in marker.files.items()}
-    return orjson.dumps(document)
+    return json_codec.dumps(document)
 
 
 def decode_marker(extra: bytes | None) -> Marker | None:
@@ -177,8 +176,8 @@ def decode_marker(extra: bytes | None) -> Marker | None:
     if extra is None:
         return None
     try:
-        document = orjson.loads(extra)
-    except orjson.JSONDecodeError:
+        document = json_codec.loads(extra)
+    except json_codec.JSONDecodeError:
         return None
     if not isinstance(document, dict) or _NAME not in document:
         return None

@@ -19,8 +19,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, assert_never
 
-from immutables import Map
-
 from icechunk.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -43,6 +41,7 @@ from icechunk.format.repo.stored_snapshots import StoredSnapshots
 from icechunk.format.repo.updates import UpdateList
 from icechunk.log.repository import events as e
 from icechunk.log.repository.events import Reparented
+from icechunk.runtime.persistent_map import Map
 
 __all__ = [
     "LAST_TIME_US",

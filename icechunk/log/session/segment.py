@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-import orjson
-
 from icechunk.errors import ErrorKind, FormatError, IcechunkError
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
 from icechunk.format.keys import SESSIONS_PREFIX
 from icechunk.log.session.events import Event
 from icechunk.log.session.wire import decode_events, encode_log
+from icechunk.runtime import json_codec
 
 __all__ = [
     "HEAD_BYTES",
@@ -164,7 +163,7 @@ def encode_segment(head: SegmentHead, events: Sequence[Event]) -> bytes:
         if head.lineage is None
         else {"base": encode_id(head.lineage[0]), "last_events": [id.hex() for id in head.lineage[1]]},
     }
-    header = orjson.dumps(fields)
+    header = json_codec.dumps(fields)
     header += b" " * (-(len(header) + _START.size) % 8)
     payload = encode_log(head.base, events) if events else b""
     return b"".join([_START.pack(_MAGIC, _VERSION, len(header)), header, payload])
@@ -210,7 +209,7 @@ def _decode_head(data: bytes | memoryview) -> tuple[SegmentHead, int] | None:
         end = _START.size + size
         if len(data) < end:
             return None
-        return _head_of(orjson.loads(data[_START.size : end])), end
+        return _head_of(json_codec.loads(data[_START.size : end])), end
     except (ValueError, KeyError, TypeError, AttributeError, IcechunkError) as error:
         raise FormatError(f"cannot read the segment: {error}", ErrorKind.DESERIALIZATION) from error
 

@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from icechunk.errors import ErrorKind, FormatError, IcechunkError, SessionStateError
 from icechunk.format.ids import NodeId, ObjectId, encode_id
@@ -32,6 +31,7 @@ from icechunk.log.session.events import (
     NodeMoved,
 )
 from icechunk.log.session.log import SessionLog
+from icechunk.runtime import json_codec
 
 __all__ = ["decode_events", "decode_log", "encode_log", "folded", "size_of"]
 
@@ -64,7 +64,7 @@ def encode_log(base: ObjectId, events: Sequence[Event]) -> bytes:
         listed.append(record)
         for b in raw:
             blobs += (b, bytes(-len(b) % 8))
-    header = orjson.dumps({"base": base.hex(), "events": listed})
+    header = json_codec.dumps({"base": base.hex(), "events": listed})
     header += b" " * (-(len(header) + _HEAD.size) % 8)
     return b"".join([_HEAD.pack(_MAGIC, _VERSION, len(header)), header, *blobs])
 
@@ -128,7 +128,7 @@ def decode_events(data: bytes | memoryview) -> tuple[ObjectId, list[Event]]:
             raise ValueError("it does not begin with the magic bytes of a session log")
         if version != _VERSION:
             raise ValueError(f"it has version {version}, this library reads {_VERSION}")
-        header = orjson.loads(data[_HEAD.size : _HEAD.size + size])
+        header = json_codec.loads(data[_HEAD.size : _HEAD.size + size])
         base = ObjectId(bytes.fromhex(header["base"]))
         reader = _Blobs(data, _HEAD.size + size)
         events = [_decode_event(record, reader.next(record["blobs"])) for record in header["events"]]
@@ -198,8 +198,8 @@ def _encode_refs(refs: ChunkRefs) -> list[Blob]:
         refs.chunk_id,
         refs.location.astype("<i4", copy=False),
         *sums,
-        orjson.dumps(refs.locations),
-        orjson.dumps(refs.etags),
+        json_codec.dumps(refs.locations),
+        json_codec.dumps(refs.etags),
         refs.inline_data,
     ]
 
@@ -259,7 +259,7 @@ def _column(blob: memoryview, dtype: str | np.dtype[Any], n: int) -> npt.NDArray
 def _decode_refs(blobs: list[memoryview], n: int, ndim: int) -> ChunkRefs:
     coords = _coords(blobs[0], n, ndim)
     kind = _column(blobs[1], "u1", n)
-    locations, etags = (tuple(map(_text, orjson.loads(blobs[i]))) for i in (8, 9))
+    locations, etags = (tuple(map(_text, json_codec.loads(blobs[i]))) for i in (8, 9))
     refs = ChunkRefs(
         coords=coords,
         kind=kind,
@@ -280,6 +280,7 @@ def _decode_refs(blobs: list[memoryview], n: int, ndim: int) -> ChunkRefs:
     offset, length = refs.offset[inline], refs.length[inline]
     if (offset > room).any() or (length > room - offset).any():
         raise ValueError("an inline chunk is outside the inline bytes")
+    _check_rows(refs.location, len(locations), least=-1)
     _check_rows(refs.location[kind == VIRTUAL], len(locations))
     if refs.checksum_kind is not None and refs.checksum is not None:
         if not np.isin(refs.checksum_kind, (NO_CHECKSUM, ETAG, LAST_MODIFIED)).all():
@@ -288,6 +289,6 @@ def _decode_refs(blobs: list[memoryview], n: int, ndim: int) -> ChunkRefs:
     return refs
 
 
-def _check_rows(rows: npt.NDArray[Any], size: int) -> None:
-    if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= size):
+def _check_rows(rows: npt.NDArray[Any], size: int, *, least: int = 0) -> None:
+    if len(rows) and (int(rows.min()) < least or int(rows.max()) >= size):
         raise ValueError("a reference points outside a table")

@@ -2,16 +2,16 @@
 
 A thread of obstore's runtime answers a request: it wakes the event loop while it holds the interpreter's lock, and
 needs the lock again afterwards to release its references. If the program ends in between, the thread cannot get the
-lock any more: before Python 3.14 (gh-87135) the interpreter then makes it exit, compiled code cannot handle that, and
-the process ends with SIGABRT although its work is done. There is no way to know when those threads have finished, so
-the end of the process waits for them a little, without holding the lock.
+lock any more: the interpreter then makes it exit, which compiled code cannot handle (SIGABRT), or since Python 3.14
+(gh-87135) lets it hang, and it reads memory that is gone (SIGSEGV): the process fails although its work is done. There
+is no way to know when those threads have finished, so the end of the process waits for them a little, without holding
+the lock.
 """
 
 from __future__ import annotations
 
 import atexit
 import re
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any, Final
@@ -150,7 +150,6 @@ def _let_threads_finish() -> None:
             time.sleep(_TURN_S)
 
 
-if sys.version_info < (3, 14):
-    # At import, before anything of the package is in use: hooks run last in, first out, and those of `PerLoop` still
-    # make requests.
-    atexit.register(_let_threads_finish)
+# At import, before anything of the package is in use: hooks run last in, first out, and those of `PerLoop` still make
+# requests.
+atexit.register(_let_threads_finish)

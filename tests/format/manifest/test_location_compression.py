@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from icechunk.format.manifest import decode_manifest, encode_manifest
 from icechunk.format.manifest.location_compression import LocationCompression, LocationDictionary
 from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRef, ChunkRefs, Manifest
 from icechunk.log.session.columns import from_rows
+from icechunk.runtime.zstd import zstd
 from tests.raising import raises
 
 ALWAYS = LocationCompression(min_refs=1)
@@ -109,9 +109,9 @@ def test_a_location_that_is_not_unicode_is_refused() -> None:
 
 def test_without_the_fast_path_of_zstandard_the_bytes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [location(i).encode() for i in range(500)]
-    made = LocationDictionary(zstandard.train_dictionary(500, [*texts[:100]]), 3)
+    made = LocationDictionary(zstd.train_dictionary(500, [*texts[:100]]), 3)
     fast = made.frames(texts)
-    monkeypatch.setattr(zstandard, "backend_features", set())
+    monkeypatch.setattr(zstd, "backend_features", set())
     slow = made.frames(texts)
     assert fast[0] == slow[0]
     assert np.array_equal(fast[1], slow[1])

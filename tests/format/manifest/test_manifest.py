@@ -11,7 +11,6 @@ from unittest import mock
 import flatbuffers
 import numpy as np
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from icechunk.format.manifest import decode_manifest, encode_manifest, encoding
 from icechunk.format.manifest.decoding import decode_coords, decode_manifests
 from icechunk.format.manifest.refs_by_node import of_rank
 from icechunk.format.values import INLINE, LAST_MODIFIED, NATIVE, ChunkRef, ChunkRefs, Manifest
+from icechunk.runtime.zstd import zstd
 from tests.raising import raises
 from tools.fuzz.strategies import chunk_refs, contents, manifests, rows
 
@@ -234,8 +234,8 @@ def test_unsorted_references_of_another_writer_are_sorted_and_repeated_ones_refu
 
 def test_locations_compressed_with_a_dictionary_are_read() -> None:
     samples = [f"s3://bucket/prefix/{i % 7}/file-{i}.nc".encode() for i in range(500)]
-    dictionary = zstandard.train_dictionary(1024, [*samples])
-    compressor = zstandard.ZstdCompressor(dict_data=dictionary)
+    dictionary = zstd.train_dictionary(1024, [*samples])
+    compressor = zstd.ZstdCompressor(dict_data=dictionary)
     refs = [{0: [i], 8: compressor.compress(sample), 3: 1} for i, sample in enumerate(samples)]
     again = decode_manifest(independent_manifest(refs, dictionary.as_bytes())).arrays[NODE]
     assert [again.row(i).location for i in range(500)] == [sample.decode() for sample in samples]

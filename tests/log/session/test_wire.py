@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from icechunk.errors import FormatError, SessionStateError
@@ -79,6 +79,7 @@ SAMPLE = bytes_of(sample())
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, len(SAMPLE) - 1), st.integers(0, 255), st.booleans())
+@example(SAMPLE.rindex(b"\xff\xff\xff\xff") + 3, 0, False)
 def test_corrupt_bytes_are_a_format_error_or_a_log(at: int, value: int, cut: bool) -> None:
     data = SAMPLE[:at] if cut else SAMPLE[:at] + bytes([value]) + SAMPLE[at + 1 :]
     try:

@@ -12,8 +12,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
-from immutables import Map
-
 from icechunk.config import config_to_dict
 from icechunk.errors import (
     AccessDeniedError,
@@ -34,6 +32,7 @@ from icechunk.log.repository.objects import MAIN_REF_KEY, read_repo
 from icechunk.log.repository.ref_files.names import RefKey, RefNames, decode_ref, marks_after
 from icechunk.log.repository.state import MAIN, RepoState, initial_state
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.persistent_map import Map
 from icechunk.runtime.tasks import run_jobs
 from icechunk.storage.port import NO_LISTING, GetResult, ListingUnsupportedError, Storage, Version
 

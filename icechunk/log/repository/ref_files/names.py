@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-import orjson
-
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
 from icechunk.format.keys import REFS_PREFIX
+from icechunk.runtime import json_codec
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.port import MAX_KEY_BYTES, Storage
 
@@ -151,7 +150,7 @@ def marks_after(data: bytes) -> bytes:
 
 def encode_ref(snapshot: ObjectId, mark: bytes = b"") -> bytes:
     """The body of a ref, with the mark of the write, or several."""
-    return orjson.dumps({"snapshot": encode_id(snapshot)}) + mark
+    return json_codec.dumps({"snapshot": encode_id(snapshot)}) + mark
 
 
 def remarked(data: bytes, marks: bytes) -> bytes:
@@ -161,7 +160,7 @@ def remarked(data: bytes, marks: bytes) -> bytes:
 
 def close_ref(snapshot: ObjectId, mark: bytes = b"") -> bytes:
     """The body of a branch's ref during an upgrade, with the marks that it had; clients of format 1 cannot read it."""
-    return orjson.dumps({_CLOSED: encode_id(snapshot)}) + mark
+    return json_codec.dumps({_CLOSED: encode_id(snapshot)}) + mark
 
 
 def is_closed(data: bytes) -> bool:
@@ -188,6 +187,6 @@ def decode_ref(data: bytes, what: str) -> ObjectId:
 def read_ref(data: bytes, what: str) -> ObjectId:
     """The snapshot that a ref points to, closed or not. Raises `FormatError` where it names none."""
     try:
-        return object_id_from_text(orjson.loads(data)[_CLOSED if is_closed(data) else "snapshot"])
-    except (orjson.JSONDecodeError, KeyError, TypeError, InvalidInputError) as error:
+        return object_id_from_text(json_codec.loads(data)[_CLOSED if is_closed(data) else "snapshot"])
+    except (json_codec.JSONDecodeError, KeyError, TypeError, InvalidInputError) as error:
         raise FormatError(f"cannot read {what}: it does not name a snapshot", ErrorKind.DESERIALIZATION) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +12,7 @@ from icechunk.log.repository import events as e
 from icechunk.log.repository.entry import decode_entry, encode_entry, new_epoch, parse_slot_key, slot_key
 from icechunk.log.repository.event_json import encode_events
 from icechunk.log.repository.events import pack, unpack
+from icechunk.runtime import json_codec
 from tests.log.repository.strategies import EVENTS
 from tests.raising import raises
 
@@ -57,7 +57,7 @@ def test_an_entry_is_read_back_as_written(events: list[e.Event], since_us: int |
 
 
 def test_an_unknown_event_field_or_version_stops_the_reader_and_asks_to_upgrade() -> None:
-    document = orjson.loads(encoded(e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)))
+    document = json_codec.loads(encoded(e.TagCreated(name="t", snapshot=FIRST_SNAPSHOT)))
     newer = [
         {**document, "v": 2},
         {**document, "hint": 1},
@@ -66,7 +66,7 @@ def test_an_unknown_event_field_or_version_stops_the_reader_and_asks_to_upgrade(
     ]
     for changed in newer:
         with raises(FormatError, "unsupported-spec-version"):
-            decode_entry(orjson.dumps(changed), n=1)
+            decode_entry(json_codec.dumps(changed), n=1)
 
 
 def test_an_entry_in_the_wrong_slot_is_corrupt() -> None:
@@ -84,7 +84,7 @@ def test_hostile_bytes_are_a_format_error(data: bytes) -> None:
         decode_entry(data, n=1)
     except FormatError:
         return
-    assert orjson.loads(data) == orjson.loads(encoded(e.Void()))
+    assert json_codec.loads(data) == json_codec.loads(encoded(e.Void()))
 
 
 KEYS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
@@ -102,7 +102,7 @@ JSON = st.recursive(
 @settings(max_examples=100, deadline=None)
 @given(JSON)
 def test_every_json_value_and_bytes_round_trip_through_an_entry(value: object) -> None:
-    assert unpack(orjson.loads(orjson.dumps(pack(value)))) == value
+    assert unpack(json_codec.loads(json_codec.dumps(pack(value)))) == value
 
 
 @pytest.mark.parametrize(
