@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import mmap
 import random
 import sys
 import tracemalloc
@@ -23,7 +22,7 @@ from tests.format.snapshot.test_snapshot import EMPTY
 from tests.raising import raises
 
 PAYLOAD = b"\x0c\0\0\0Ichk" + bytes(range(200))
-WAYS = [sys.maxsize, *([0] if hasattr(mmap, "MADV_HUGEPAGE") else [])]
+WAYS = [sys.maxsize, *([0] if envelope._CAN_TAKE_LARGE_PAGES else [])]
 """Size from which payloads are decompressed to large pages: none is, or all are."""
 
 
@@ -68,13 +67,13 @@ def test_every_payload_is_read_to_either_kind_of_memory(size: int, with_checksum
     header = seal(FileType.SNAPSHOT, 2, PAYLOAD)[:39]
     # Blocks of all kinds: compressed, as they are, and of one byte.
     payload = PAYLOAD[:8] + random.Random(size).randbytes(size) + bytes(size) + b"icechunk" * size
-    data = header + zstandard.ZstdCompressor(write_checksum=with_checksum).compress(payload)
+    data = header + zstd.ZstdCompressor(write_checksum=with_checksum).compress(payload)
     version, read = unseal(data, FileType.SNAPSHOT)
     assert (version, read[:]) == (2, payload)
 
 
 @pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("after", [b"\0", bytes(100), zstandard.ZstdCompressor().compress(PAYLOAD)])
+@pytest.mark.parametrize("after", [b"\0", bytes(100), zstd.ZstdCompressor().compress(PAYLOAD)])
 def test_bytes_after_the_frame_are_a_format_error(after: bytes) -> None:
     with raises(FormatError, "invalid-file-format"):
         unseal(seal(FileType.MANIFEST, 2, PAYLOAD) + after, FileType.MANIFEST)
@@ -83,7 +82,7 @@ def test_bytes_after_the_frame_are_a_format_error(after: bytes) -> None:
 @pytest.mark.usefixtures("either_way")
 def test_a_frame_with_less_or_more_than_it_declares_is_a_format_error() -> None:
     header = seal(FileType.MANIFEST, 2, PAYLOAD)[:39]
-    frame = zstandard.ZstdCompressor(write_checksum=False).compress(PAYLOAD)
+    frame = zstd.ZstdCompressor(write_checksum=False).compress(PAYLOAD)
     # a descriptor of one byte, then the size of one byte
     assert frame[4:6] == bytes([0x20, len(PAYLOAD)])
     for size in (len(PAYLOAD) - 1, len(PAYLOAD) + 1):
