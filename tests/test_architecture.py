@@ -58,6 +58,16 @@ PURE = [
 SIBLINGS = ["log.repository.entries", "log.repository.ref_files", "log.repository.repo_object"]
 """The three layouts of the repository log. They share the modules of `log.repository` below them."""
 
+SEAMS = {
+    "immutables": {"runtime.persistent_map"},
+    "pyrsistent": {"runtime.persistent_map"},
+    "orjson": {"runtime.json_codec"},
+    "zstandard": {"runtime.zstd"},
+    "backports": {"runtime.standard_zstd"},
+    "compression": {"runtime.standard_zstd"},
+}
+"""Libraries that some Pythons lack, and the modules that have a stand-in for them."""
+
 _KINDS = ("storage.http", "storage.local", "storage.obstore", "storage.s3")
 SAME_NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "client": ("what one process knows of a log in this layout, and does to it", tuple(SIBLINGS)),
@@ -148,6 +158,12 @@ def test_pure_packages_import_no_io_no_clock_and_no_randomness(room: str) -> Non
         if f"{module}.".startswith(f"{room}."):
             impure = {name for name in imports(path) if name.split(".")[0] in IMPURE}
             assert not impure, f"{module} imports {impure}"
+
+
+@pytest.mark.parametrize("library", SEAMS)
+def test_a_library_that_some_pythons_lack_is_imported_where_it_has_a_stand_in(library: str) -> None:
+    found = {module for module, path in MODULES.items() if any(name.split(".")[0] == library for name in imports(path))}
+    assert found == SEAMS[library]
 
 
 @pytest.mark.parametrize(
