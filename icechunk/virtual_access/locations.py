@@ -178,20 +178,22 @@ class Prefixes:
         text = "\n".join(locations)
         if not text.isascii():
             return False
-        data = b"\n" + text.encode()
+        data = text.encode()
         octets = np.frombuffer(data, np.uint8)
-        if np.count_nonzero(octets < 0x20) != len(locations) or (octets == 0x7F).any():
+        # Bytes below 0x20 become large numbers, and so does 0x7F: only the ends of lines may be among them.
+        if np.count_nonzero(octets - np.uint8(0x20) >= 0x5F) != len(locations) - 1:
             return False
         starts, doubled = 0, 0
         for root in self._roots:
-            count = data.count(b"\n" + root)
+            count = data.count(b"\n" + root) + data.startswith(root)
             starts += count
             doubled += count * sum(root.startswith(b"//", i) for i in range(8))
-        slash, after = octets[:-1] == 0x2F, octets[1:]
+        # "/" and "." differ in the last bit only. All "//" must be those of the roots, which hold no "/.".
+        followed = (octets[:-1] == 0x2F) & (octets[1:] | np.uint8(1) == 0x2F)
         return (
             starts == len(locations)
-            and np.count_nonzero(slash & (after == 0x2F)) == doubled
-            and not (slash & ((after == 0x2E) | (after == 0x25))).any()
+            and np.count_nonzero(followed) == doubled
+            and (b"%" not in data or b"/%" not in data)
         )
 
     def holds(self, location: str) -> bool:

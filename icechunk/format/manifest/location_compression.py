@@ -15,6 +15,9 @@ from icechunk.runtime.zstd import zstd
 __all__ = ["LocationCompression", "LocationDictionary", "trained"]
 
 _LEVELS: Final = (-(2**17), zstd.MAX_COMPRESSION_LEVEL)
+_THREADS: Final = 4
+_FEWEST_FOR_THREADS: Final = 8192
+"""Number of locations from which it takes longer to compress them than to start threads."""
 _NO_ROWS: Final = np.empty(0, np.intp)
 
 
@@ -46,7 +49,8 @@ class LocationDictionary:
         if not texts:
             return b"", np.empty(0, np.int64)
         if "multi_compress_to_buffer" in zstd.backend_features:
-            frames: Any = self._compressor.multi_compress_to_buffer(list(texts))
+            threads = _THREADS if len(texts) >= _FEWEST_FOR_THREADS else 0
+            frames: Any = self._compressor.multi_compress_to_buffer(list(texts), threads=threads)
             parts = [frames[i] for i in range(len(frames))]
         else:
             parts = [self._compressor.compress(text) for text in texts]

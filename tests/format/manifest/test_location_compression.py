@@ -107,8 +107,9 @@ def test_a_location_that_is_not_unicode_is_refused() -> None:
         encoded(virtual(50, lambda i: location(i) + "\ud800"), ALWAYS)
 
 
-def test_without_the_fast_path_of_zstandard_the_bytes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [location(i).encode() for i in range(500)]
+@pytest.mark.parametrize("count", [500, 10_000])
+def test_without_the_fast_path_of_zstandard_the_bytes_are_the_same(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    texts = [location(i).encode() for i in range(count)]
     made = LocationDictionary(zstd.train_dictionary(500, [*texts[:100]]), 3)
     fast = made.frames(texts)
     monkeypatch.setattr(zstd, "backend_features", set())
