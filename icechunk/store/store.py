@@ -132,7 +132,8 @@ class IcechunkStore(VirtualRefs, Store, SyncMixin, Generic[S]):
         parsed = parse_key(key)
         data: Octets | Unknown | None = None
         if type(parsed) is ChunkKey:
-            data = self._content.get_chunk_nowait(parsed.path, parsed.coords, _range(byte_range))
+            asked = None if byte_range is None else _range(byte_range)
+            data = self._content.get_chunk_nowait(parsed.path, parsed.coords, asked)
         elif type(parsed) is MetadataKey:
             data = self._document(parsed.path, _range(byte_range))
         return data if data is UNKNOWN or data is None else prototype.buffer.from_bytes(data)

@@ -70,7 +70,8 @@ def parse_key(key: str) -> StoreKey:
         else:
             coords = ()
         if coords:
-            if max(coords) >= 1 << 32:
+            # A number of nine digits is small enough.
+            if len(tail) > 9 and max(coords) >= 1 << 32:
                 raise _invalid(key)
             return ChunkKey("/" + head, coords)
     parent, _, name = key.rpartition("/")
