@@ -237,7 +237,8 @@ def build(state: RepoState, waiting: Sequence[Waiting], *, time_us: int) -> Grou
         group.events += encoded
         group.state = after
         group.files.update(one.files)
-        size += embedded + sum(len(repr(event)) for event in encoded)
+        if one is not waiting[-1]:
+            size += embedded + sum(len(repr(event)) for event in encoded)
         if one.since_us is not None:
             group.since_us = one.since_us if group.since_us is None else min(group.since_us, one.since_us)
         if _needs_own_entry(events):
