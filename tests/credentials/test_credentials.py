@@ -154,7 +154,7 @@ def test_scattered_credentials_are_fetched_now_and_pickled() -> None:
 
 
 def test_a_function_that_cannot_be_pickled_is_refused() -> None:
-    with raises(InvalidInputError, "invalid-credentials", "get_credentials", "AttributeError"):
+    with raises(InvalidInputError, "invalid-credentials", "get_credentials"):
         c.s3_refreshable_credentials(lambda: fetch_s3())
 
 
