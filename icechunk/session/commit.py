@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,10 @@ __all__ = ["APPENDED", "Commit", "CommitFiles", "File", "How", "write_snapshot",
 
 _LOG: Final = logging.getLogger(__name__)
 _BYTES_PER_REF: Final = 64
+_TOGETHER_FROM: Final = 1 << 17
+"""References of a commit from which its manifests are encoded two at a time."""
+_TOGETHER_AT_MOST: Final = 1 << 18
+"""References of a manifest that is encoded together with another one."""
 """Bytes of an encoded reference, about, which decides whether a thread encodes."""
 _BYTES_PER_CHANGE: Final = 16
 """Bytes of a changed chunk in a transaction log, about."""
@@ -490,21 +495,18 @@ class CommitFiles:
         manifests = new_manifests(plan, found, core.sources.new_object_id)
         keep = core.assets.has_room_for(touched)
         places: list[Placed] = []
-        while True:
-            step = await off_loop(touched * _BYTES_PER_REF, partial(self._encode_next, manifests))
-            if step is None:
-                break
-            manifest, place, data = step
-            places.append(place)
-            if data is None:
-                continue
-            if keep:
-                # Before the commit has landed: the next one in the queue builds upon it. If it does not land,
-                # the manifest is never read.
-                core.assets.keep_manifest(manifest)
-            del manifest, step
-            yield File(manifest_key(place.file.object_id), data)
-            del data
+        async with aclosing(self._encoded(manifests, touched)) as steps:
+            async for manifest, place, data in steps:
+                places.append(place)
+                if data is None:
+                    continue
+                if keep:
+                    # Before the commit has landed: the next one in the queue builds upon it. If it does not land,
+                    # the manifest is never read.
+                    core.assets.keep_manifest(manifest)
+                del manifest
+                yield File(manifest_key(place.file.object_id), data)
+                del data
         make = partial(
             self._encode_snapshot,
             places,
@@ -552,12 +554,43 @@ class CommitFiles:
         encoded = encode_and_keep(snapshot, self.spec_version, self.core.settings.compression_level)
         return encoded.snapshot, encoded.data
 
+    async def _encoded(
+        self, manifests: Iterator[Manifest], touched: int
+    ) -> AsyncGenerator[tuple[Manifest, Placed, bytes | None], None]:
+        """Each manifest, where it is, and its file, if there is none yet that holds the same.
+
+        Of a commit of many references two manifests are encoded at once, unless they are large.
+        """
+        size_bytes = touched * _BYTES_PER_REF
+        if touched < _TOGETHER_FROM:
+            while (step := await off_loop(size_bytes, partial(self._encode_next, manifests))) is not None:
+                yield step
+            return
+        under_way: deque[asyncio.Task[tuple[Manifest, Placed, bytes | None]]] = deque()
+        try:
+            while True:
+                manifest = await off_loop(size_bytes, partial(next, manifests, None))
+                alone = manifest is None or manifest.num_chunk_refs > _TOGETHER_AT_MOST
+                while len(under_way) > (0 if alone else 1):
+                    yield await under_way.popleft()
+                if manifest is None:
+                    return
+                encode = off_loop(size_bytes, partial(self._encode, manifest))
+                under_way.append(asyncio.create_task(encode, name="icechunk manifest encoding"))
+                del manifest, encode
+                if alone:
+                    yield await under_way.popleft()
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+
     def _encode_next(self, manifests: Iterator[Manifest]) -> tuple[Manifest, Placed, bytes | None] | None:
-        """The next manifest, where it is, and its file, if there is none yet that holds the same."""
-        settings = self.core.settings
         manifest = next(manifests, None)
-        if manifest is None:
-            return None
+        return None if manifest is None else self._encode(manifest)
+
+    def _encode(self, manifest: Manifest) -> tuple[Manifest, Placed, bytes | None]:
+        settings = self.core.settings
         known = None if self.commit.earlier is None else self.commit.earlier.find(manifest)
         if known is not None:
             return manifest, known, None

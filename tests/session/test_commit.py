@@ -6,16 +6,27 @@ import asyncio
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 import icechunk
 from icechunk.config import EngineConfig, RepositoryConfig
-from icechunk.errors import CommitOutcomeUnknown, ConflictError, ReadOnlyError, SessionStateError, StorageError
+from icechunk.errors import (
+    CommitOutcomeUnknown,
+    ConflictError,
+    ErrorKind,
+    InvalidInputError,
+    ReadOnlyError,
+    SessionStateError,
+    StorageError,
+)
+from icechunk.format.manifest import encode_manifest
 from icechunk.log.repository.create import create_log
 from icechunk.repository import Repository
 from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.session import commit
 from icechunk.session.core import Core
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.port import ByteRange, GetResult, Storage
@@ -216,6 +227,64 @@ async def test_chunks_in_flight_and_appends_add_no_round_trip(chunk: bytes) -> N
         # Chunks are not embedded: they exist before the entry that refers to them.
         assert of_the_commit(recording).dependent_rounds() == (1 if len(chunk) == 10 else 2)
         assert recording.count("get") == 0
+
+
+def many_references(session: icechunk.Session, count: int) -> None:
+    session._content.set_metadata("/a", ARRAY % count)
+    session.store.set_virtual_refs_arr(
+        "a",
+        (count,),
+        [f"s3://bucket/{i:08d}" for i in range(count)],
+        np.arange(count, dtype=np.uint64),
+        np.full(count, 7, np.uint64),
+        validate_containers=False,
+    )
+
+
+@pytest.mark.parametrize("from_references", [0, 1 << 40])
+async def test_manifests_that_are_encoded_together_are_those_of_one_after_another(
+    monkeypatch: pytest.MonkeyPatch, from_references: int
+) -> None:
+    monkeypatch.setattr(commit, "_TOGETHER_FROM", from_references)
+    count = 150_000
+    storage = MemoryStorage()
+    repository = await Repository.create_async(storage)
+    session = await repository.writable_session_async("main")
+    many_references(session, count)
+    await session.commit_async("references")
+    reader = await (await Repository.open_async(storage)).readonly_session_async("main")
+    (array,) = [node for node in reader._content.nodes("/") if node.path == "/a"]
+    assert len(array.manifests) == 3
+    found = [refs async for refs in reader._content.chunk_references("/a")]
+    order = np.concatenate([refs.coords[:, 0] for refs in found])
+    offsets = np.concatenate([refs.offset for refs in found])
+    assert np.array_equal(np.sort(order), np.arange(count))
+    assert np.array_equal(offsets, order)
+    assert all(refs.locations[int(refs.location[0])] == f"s3://bucket/{refs.coords[0, 0]:08d}" for refs in found)
+
+
+@pytest.mark.parametrize("failing_one", [0, 1, 2])
+async def test_a_manifest_that_cannot_be_encoded_ends_the_commit_and_the_other_encodings(
+    monkeypatch: pytest.MonkeyPatch, failing_one: int
+) -> None:
+    monkeypatch.setattr(commit, "_TOGETHER_FROM", 0)
+    calls = itertools.count()
+
+    def failing(*args: Any, **options: Any) -> bytes:
+        if next(calls) == failing_one:
+            raise InvalidInputError("no", ErrorKind.SERIALIZATION)
+        return encode_manifest(*args, **options)
+
+    monkeypatch.setattr(commit, "encode_manifest", failing)
+    repository = await Repository.create_async(MemoryStorage())
+    session = await repository.writable_session_async("main")
+    many_references(session, 150_000)
+    before = asyncio.all_tasks()
+    with raises(InvalidInputError, "serialization"):
+        await session.commit_async("fails")
+    assert not [task for task in asyncio.all_tasks() - before if "encoding" in task.get_name()]
+    await session.commit_async("works")
+    assert await messages(repository) == ["works", "Repository initialized"]
 
 
 async def test_replacing_chunks_reads_their_manifest_once() -> None:
