@@ -263,14 +263,25 @@ def _note(found: Walked, fresh: dict[ObjectId, Use], uses: SnapshotUses) -> None
             fresh[id] = Use(file=found.manifests[id].file)
     pairs = np.empty(len(uses.ref_manifests), [("manifest", "S12"), ("node", "S8")])
     pairs["manifest"], pairs["node"] = uses.ref_manifests, uses.ref_nodes
-    for manifest, node in distinct_rows(pairs, "12s8s"):
+    for manifest, nodes in _by_manifest(_distinct(pairs)):
         known = found.manifests.get(manifest)
         if known is None:
             known = found.manifests[manifest] = Use(file=ManifestFile(manifest, 0, 0))
             fresh[manifest] = Use(file=known.file)
-        if NodeId(node) not in known.nodes:
-            known.nodes.add(NodeId(node))
-            fresh.setdefault(manifest, Use(file=known.file)).nodes.add(NodeId(node))
+        new = set(nodes) - known.nodes
+        if new:
+            known.nodes |= new
+            fresh.setdefault(manifest, Use(file=known.file)).nodes.update(new)
+
+
+def _by_manifest(pairs: bytes) -> Iterator[tuple[ObjectId, list[NodeId]]]:
+    """Each manifest with its arrays, from distinct pairs of 12 and 8 bytes that ascend."""
+    rows = np.frombuffer(pairs, [("manifest", "V12"), ("node", "V8")])
+    manifests, nodes = rows["manifest"].copy(), rows["node"].tolist()
+    firsts = [0, *(np.flatnonzero(manifests[1:] != manifests[:-1]) + 1).tolist()] if len(rows) else []
+    ids = manifests[firsts].tolist()
+    for id, first, last in zip(ids, firsts, [*firsts[1:], len(nodes)], strict=True):
+        yield ObjectId(id), nodes[first:last]
 
 
 def _note_of_each(found: Walked, ids: Sequence[ObjectId], uses: SnapshotUses) -> None:
@@ -286,11 +297,17 @@ def _note_of_each(found: Walked, ids: Sequence[ObjectId], uses: SnapshotUses) ->
 
 def distinct_rows(rows: npt.NDArray[np.void], layout: str) -> Iterator[tuple[Any, ...]]:
     """The distinct rows of a structured array, ascending by their bytes, each unpacked by that `struct` format."""
-    if len(rows):
-        plain = np.ascontiguousarray(rows).view(f"V{rows.dtype.itemsize}")
-        # Snapshots in a row often share most of their references, one array after another in the manifest.
-        plain = thinned(plain[np.append(True, plain[1:] != plain[:-1])])
-        yield from struct.iter_unpack(layout, b"".join(sorted(set(plain.tolist()))))
+    yield from struct.iter_unpack(layout, _distinct(rows))
+
+
+def _distinct(rows: npt.NDArray[np.void]) -> bytes:
+    """The distinct rows of a structured array, ascending by their bytes."""
+    if not len(rows):
+        return b""
+    plain = np.ascontiguousarray(rows).view(f"V{rows.dtype.itemsize}")
+    # Snapshots in a row often share most of their references, one array after another in the manifest.
+    plain = thinned(plain[np.append(True, plain[1:] != plain[:-1])])
+    return b"".join(sorted(set(plain.tolist())))
 
 
 _BUCKETS_BITS: Final = 17
