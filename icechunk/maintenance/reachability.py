@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -276,11 +276,13 @@ def _note(found: Walked, fresh: dict[ObjectId, Use], uses: SnapshotUses) -> None
 
 def _by_manifest(pairs: bytes) -> Iterator[tuple[ObjectId, list[NodeId]]]:
     """Each manifest with its arrays, from distinct pairs of 12 and 8 bytes that ascend."""
+    if not pairs:
+        return
     rows = np.frombuffer(pairs, [("manifest", "V12"), ("node", "V8")])
     manifests, nodes = rows["manifest"].copy(), rows["node"].tolist()
-    firsts = [0, *(np.flatnonzero(manifests[1:] != manifests[:-1]) + 1).tolist()] if len(rows) else []
-    ids = manifests[firsts].tolist()
-    for id, first, last in zip(ids, firsts, [*firsts[1:], len(nodes)], strict=True):
+    edges = [0, *(np.flatnonzero(manifests[1:] != manifests[:-1]) + 1).tolist(), len(rows)]
+    ids = manifests[edges[:-1]].tolist()
+    for id, (first, last) in zip(ids, pairwise(edges), strict=True):
         yield ObjectId(id), nodes[first:last]
 
 
