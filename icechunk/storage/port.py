@@ -45,6 +45,7 @@ __all__ = [
     "Absent",
     "ByteRange",
     "DeleteResult",
+    "Following",
     "GetResult",
     "ListingUnsupportedError",
     "Matches",
@@ -121,6 +122,17 @@ class Put(NamedTuple):
     key: str
     data: bytes | memoryview
     precondition: Precondition = ANY
+
+
+class Following(Protocol):
+    """Objects to be written behind another one (`Storage.put_before`)."""
+
+    @property
+    def puts(self) -> Sequence[Put]:
+        """The objects; none before `make` has returned, and none where they are not to be written."""
+
+    def make(self) -> None:
+        """Make the objects: called by the event loop, at most once, while the medium is waited for. Raises nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +315,23 @@ class Storage(Constructors["Storage"], ABC):
         """
         await self.barrier(keys)
         return await self.put(put.key, put.data, put.precondition)
+
+    async def put_before(self, put: Put, following: Following) -> tuple[PutResult, list[PutResult | None]]:
+        """Write an object, as `put`; once it is there and durable, write others behind it, as `put_unsynced`.
+
+        Where `defers_syncs`, the others are made while the medium is waited for.
+
+        Returns
+        -------
+        PutResult, list[PutResult or None]
+            The second as from `put_unsynced`; empty if it is not known that the others were written.
+
+        Raises
+        ------
+        StorageError
+            As from `put`; then none of the others was written. Errors of the others are not raised.
+        """
+        return await self.put(put.key, put.data, put.precondition), []
 
     async def barrier(self, keys: Iterable[str]) -> None:
         """Return once these objects, written by `put_unsynced`, are durable before any that `put` writes afterwards.

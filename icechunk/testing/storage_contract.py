@@ -13,7 +13,18 @@ from typing import ClassVar
 import pytest
 
 from icechunk.errors import InvalidInputError, ObjectNotFoundError, PreconditionFailedError
-from icechunk.storage.port import Absent, ByteRange, Matches, ObjectInfo, Put, Range, Storage, Suffix, Version
+from icechunk.storage.port import (
+    Absent,
+    ByteRange,
+    Following,
+    Matches,
+    ObjectInfo,
+    Put,
+    Range,
+    Storage,
+    Suffix,
+    Version,
+)
 
 __all__ = ["StorageContract"]
 
@@ -48,6 +59,21 @@ ODD_KEYS = [
 async def list_all(storage: Storage, prefix: str = "", **options: object) -> list[ObjectInfo]:
     """Every object of a listing, page after page."""
     return [info async for page in storage.list_pages(prefix, **options) for info in page]  # type: ignore[arg-type]
+
+
+class _Two(Following):
+    """Two objects that are made when the storage asks for them."""
+
+    def __init__(self, key: str = "snapshots/1") -> None:
+        self._key = key
+        self._puts: list[Put] = []
+
+    @property
+    def puts(self) -> list[Put]:
+        return self._puts
+
+    def make(self) -> None:
+        self._puts = [Put(self._key, b"a", Absent()), Put("snapshots/2", b"b", Absent())]
 
 
 class StorageContract:
@@ -191,6 +217,21 @@ class StorageContract:
         assert [info.key async for page in storage.list_pages("snapshots/") for info in page] == [
             f"snapshots/{n}" for n in (1, 2, 3)
         ]
+
+    async def test_objects_follow_one_that_is_put_on_its_condition(self, storage: Storage) -> None:
+        for number in (1, 2):
+            following = _Two()
+            put, answers = await storage.put_before(Put(f"log/{number}", b"entry", Absent()), following)
+            assert (await storage.head(f"log/{number}")).version == put.version
+            for one, answer in zip(following.puts if answers else (), answers, strict=True):
+                # The second finds the first one's object.
+                assert (answer is None) == (number == 2)
+                assert (await storage.get(one.key)).data == one.data
+        following = _Two("repo")
+        with pytest.raises(PreconditionFailedError, match="log/1"):
+            await storage.put_before(Put("log/1", b"other", Absent()), following)
+        with pytest.raises(ObjectNotFoundError):
+            await storage.head("repo")
 
     async def test_matches_on_a_missing_object_is_a_failed_precondition(self, storage: Storage) -> None:
         first = await storage.put("x", b"1")

@@ -136,7 +136,7 @@ def encode_and_keep(info: RepoInfo, level: int = _LEVEL) -> EncodedRepo:
         return EncodedRepo(seal(FileType.REPO_INFO, 2, payload, level), info)
     root = Buffer(payload, "repo info").root()
     snapshots = _stored_snapshots(root, rows.run())
-    updates = _stored_updates(root, update_run)
+    updates = _stored_updates(root, update_run, info.updates[0] if info.updates else None)
     return EncodedRepo(seal(FileType.REPO_INFO, 2, payload, level), replace(info, snapshots=snapshots, updates=updates))
 
 
@@ -264,8 +264,8 @@ def _stored_snapshots(root: Table, run: SnapshotRun | None = None) -> StoredSnap
     return StoredSnapshots(root.buffer, *required(root.vector(_SNAPSHOTS, 4), root, "snapshots"), run)
 
 
-def _stored_updates(root: Table, run: Run | None = None) -> UpdateList:
-    return UpdateList.stored(root.buffer, *required(root.vector(_UPDATES, 4), root, "latest_updates"), run)
+def _stored_updates(root: Table, run: Run | None = None, newest: Update | None = None) -> UpdateList:
+    return UpdateList.stored(root.buffer, *required(root.vector(_UPDATES, 4), root, "latest_updates"), run, newest)
 
 
 def _refs(root: Table, slot: int, field: str, snapshots: StoredSnapshots) -> dict[str, ObjectId]:

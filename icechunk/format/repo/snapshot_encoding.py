@@ -224,7 +224,7 @@ class SnapshotRows:
         If the older file is corrupt.
     """
 
-    __slots__ = ("_moved", "_new", "_numbers", "_old_numbers", "_records", "_rows", "_stored", "_written")
+    __slots__ = ("_moved", "_new", "_numbers", "_old_numbers", "_picked", "_records", "_rows", "_stored", "_written")
 
     def __init__(
         self,
@@ -236,6 +236,8 @@ class SnapshotRows:
             # Nothing of the older file can be copied, and of few the columns take longer to make than all else.
             stored, changed = NO_SNAPSHOTS, {record.id: record for record in stored.records()} | dict(changed)
         fresh = [changed[id] for id in sorted(changed)]
+        self._picked: Any = slice(0)
+        """`_rows` as an index; of a whole column no copy is made."""
         self._written: tuple[Run, npt.NDArray[np.int64]] | None = None
         """The tables' place in the file, and those of their parents' numbers, once they are written."""
         self._stored = stored
@@ -246,23 +248,28 @@ class SnapshotRows:
             self._moved = np.full(1, NO_PARENT, np.int64)
             self._new = {record.id: number for number, record in enumerate(self._records)}
             return
-        kept = np.ones(len(stored), np.bool_)
         rows = stored.find_all(changed.keys())
-        kept[rows[rows >= 0]] = False
-        if dropped is not None:
-            kept[dropped] = False
-        order = stored.rows_by_id()
-        self._rows = order[kept[order]]
-        old_ids = stored.ids[self._rows]
+        replaced = rows[rows >= 0]
+        self._rows = stored.rows_by_id()
+        if len(replaced) or dropped is not None:
+            kept = np.ones(len(stored), np.bool_)
+            kept[replaced] = False
+            if dropped is not None:
+                kept[dropped] = False
+            self._rows = self._rows[kept[self._rows]]
+        self._picked = slice(None) if stored.is_sorted and len(self._rows) == len(stored) else self._rows
         new_ids = np.array([record.id for record in self._records], "S12")
-        self._numbers = np.arange(len(self._records)) + np.searchsorted(old_ids, new_ids)
-        self._old_numbers = np.arange(len(self._rows)) + np.searchsorted(new_ids, old_ids)
-        self._new = {record.id: int(number) for record, number in zip(self._records, self._numbers, strict=True)}
+        places = np.searchsorted(stored.ids[self._picked], new_ids)
+        self._numbers = np.arange(len(self._records)) + places
+        before = np.bincount(places, minlength=len(self._rows) + 1)[:-1]
+        self._old_numbers = np.arange(len(self._rows)) + np.cumsum(before)
+        self._new = {record.id: number for record, number in zip(self._records, self._numbers.tolist(), strict=True)}
         # One more than there are rows, so that "no parent" maps to itself.
         self._moved = np.full(len(stored) + 1, NO_PARENT, np.int64)
         self._moved[self._rows] = self._old_numbers
-        again = stored.find_all(self._new.keys())
-        self._moved[again[again >= 0]] = self._numbers[again >= 0]
+        if len(replaced):
+            again = stored.find_all(self._new.keys())
+            self._moved[again[again >= 0]] = self._numbers[again >= 0]
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._records)
@@ -297,10 +304,11 @@ class SnapshotRows:
         old, former = self._old_numbers, self._stored.run
         if former is not None and len(self._rows) == len(self._stored):
             start = writer.begin_run(self._stored.tables.payload, former.run)
-            positions[old] = start + former.run.tables[self._rows]
-            parents[old] = start + former.parents[self._rows]
+            positions[old] = start + former.run.tables[self._picked]
+            fields = start + former.parents[self._picked]
+            parents[old] = fields
             numbers = np.frombuffer(out, "<i4", len(out) // 4)
-            numbers[parents[old] >> 2] = self._moved[self._stored.parent_rows[self._rows]]
+            numbers[fields >> 2] = self._moved[self._stored.parent_rows[self._picked]]
             del numbers  # the bytes cannot grow while numpy has a view of them
         else:
             start = writer.begin_run()
@@ -315,8 +323,8 @@ class SnapshotRows:
             positions[self._numbers] = self._write_records(writer, self._records)
             parents[self._numbers] = _parent_fields(out, positions[self._numbers].tolist())
         self._written = writer.end_run(start, positions), parents - start
-        fields = vector + 4 + 4 * np.arange(count, dtype=np.int64)
-        out[vector + 4 : vector + 4 + 4 * count] = (positions - fields).astype("<u4").tobytes()
+        offsets = positions - np.arange(vector + 4, vector + 4 + 4 * count, 4)
+        out[vector + 4 : vector + 4 + 4 * count] = offsets.astype("<u4").tobytes()
         return vector
 
     def run(self) -> SnapshotRun | None:
@@ -328,8 +336,8 @@ class SnapshotRows:
         ids = np.empty(len(self), "V12")
         parents = np.empty(len(self), np.int32)
         if len(self._rows):
-            ids[self._old_numbers] = self._stored.ids.view("V12")[self._rows]
-            parents[self._old_numbers] = self._moved[self._stored.parent_rows[self._rows]]
+            ids[self._old_numbers] = self._stored.ids.view("V12")[self._picked]
+            parents[self._old_numbers] = self._moved[self._stored.parent_rows[self._picked]]
         if self._records:
             ids[self._numbers] = np.frombuffer(b"".join(record.id for record in self._records), "V12")
             parents[self._numbers] = [self.number(record.parent) for record in self._records]

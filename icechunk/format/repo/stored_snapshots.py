@@ -236,6 +236,11 @@ class StoredSnapshots(Mapping[ObjectId, SnapshotRecord]):
         ids: list[ObjectId] = np.frombuffer(self._index.ids, f"V{_ID_SIZE}").tolist()
         return ids
 
+    @property
+    def is_sorted(self) -> bool:
+        """Whether the rows are in the order of their ids, as every writer should leave them."""
+        return self._index.by_id is None
+
     def rows_by_id(self) -> npt.NDArray[np.intp]:
         """All rows in the order of their ids."""
         by_id = self._index.by_id

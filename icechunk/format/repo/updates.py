@@ -62,11 +62,13 @@ _Part: TypeAlias = "tuple[Update, ...] | _Stretch"
 class UpdateList(Sequence[Update]):
     """Updates, newest first. Immutable; reading one raises `FormatError` if its file is corrupt."""
 
-    __slots__ = ("_length", "_parts")
+    __slots__ = ("_length", "_newest", "_parts")
 
     def __init__(self, parts: Iterable[_Part]) -> None:
         self._parts = tuple(part for part in parts if len(part))
         self._length = sum(map(len, self._parts))
+        self._newest: Update | None = None
+        """The first update, once it is known: every change of the repository asks for its time."""
 
     @staticmethod
     def of(updates: Iterable[Update]) -> UpdateList:
@@ -74,7 +76,9 @@ class UpdateList(Sequence[Update]):
         return updates if isinstance(updates, UpdateList) else UpdateList((tuple(updates),))
 
     @staticmethod
-    def stored(buffer: Buffer, start: int, count: int, run: Run | None = None) -> UpdateList:
+    def stored(
+        buffer: Buffer, start: int, count: int, run: Run | None = None, newest: Update | None = None
+    ) -> UpdateList:
         """The updates of a file.
 
         Parameters
@@ -85,13 +89,17 @@ class UpdateList(Sequence[Update]):
             Position and length of the vector of tables, as `Table.vector` returns them.
         run
             Where the tables are, if this process wrote them.
+        newest
+            The first of them, if this process wrote it.
 
         Raises
         ------
         FormatError
             If there are more than the buffer has room for.
         """
-        return UpdateList((_Stretch(tables=LazyTables(buffer, start, count), rows=range(count), run=run),))
+        found = UpdateList((_Stretch(tables=LazyTables(buffer, start, count), rows=range(count), run=run),))
+        found._newest = newest
+        return found
 
     @property
     def read_count(self) -> int:
@@ -167,8 +175,15 @@ class UpdateList(Sequence[Update]):
         return self._length
 
     def __iter__(self) -> Iterator[Update]:
-        for part in self._parts:
-            yield from part
+        if self._length:
+            yield self[0]
+        for number, part in enumerate(self._parts):
+            if number:
+                yield from part
+            elif isinstance(part, _Stretch):
+                yield from map(part.at, range(1, len(part)))
+            else:
+                yield from part[1:]
 
     @overload
     def __getitem__(self, which: int) -> Update: ...
@@ -181,8 +196,15 @@ class UpdateList(Sequence[Update]):
             rows = range(len(self))[which]
             if rows.step != 1:
                 return UpdateList.of(self[i] for i in rows)
+            if len(rows) == len(self):
+                return self
             return UpdateList(self._parts_of(rows))
         i = which + len(self) if which < 0 else which
+        if i == 0 and self._parts:
+            if self._newest is None:
+                first = self._parts[0]
+                self._newest = first.at(0) if isinstance(first, _Stretch) else first[0]
+            return self._newest
         for part in self._parts:
             if 0 <= i < len(part):
                 return part.at(i) if isinstance(part, _Stretch) else part[i]

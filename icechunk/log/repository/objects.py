@@ -39,6 +39,7 @@ from icechunk.storage.port import NO_LISTING, Absent, GetResult, Storage, Versio
 
 __all__ = [
     "MAIN_REF_KEY",
+    "THREAD_FROM_SNAPSHOTS",
     "Known",
     "RepoObject",
     "could_read",
@@ -53,7 +54,8 @@ __all__ = [
     "updates_per_file_of",
 ]
 
-_THREAD_FROM_SNAPSHOTS: Final = 2000
+THREAD_FROM_SNAPSHOTS: Final = 2000
+"""From this number on, encoding ``repo`` takes so long that it is done beside the loop."""
 
 MAIN_REF_KEY: Final = f"{REFS_PREFIX}branch.main/ref.json"
 """The branch that every repository of format 1 has."""
@@ -257,7 +259,7 @@ async def ref_files_there(storage: Storage) -> bool:
 
 async def encode(info: RepoInfo) -> EncodedRepo:
     """Encode ``repo``, in a thread where that takes long."""
-    if len(info.snapshots) < _THREAD_FROM_SNAPSHOTS:
+    if len(info.snapshots) < THREAD_FROM_SNAPSHOTS:
         return encode_and_keep(info)
     return await in_thread(partial(encode_and_keep, info))
 

@@ -32,6 +32,7 @@ import errno
 import itertools
 import os
 import stat
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -75,6 +76,7 @@ from icechunk.storage.port import (
     Absent,
     ByteRange,
     DeleteResult,
+    Following,
     GetResult,
     Matches,
     ObjectInfo,
@@ -120,6 +122,7 @@ _REFUSED: Final = frozenset(
 _ABANDONED_AFTER_S: Final = 24 * 3600
 _DELETE_BATCH: Final = 1000
 _SYNCS_AT_ONCE: Final = 8
+_LOOP_PATIENCE_S: Final = 0.1
 _SYNCS_EACH: Final = 4
 """Fewer than so many files are not worth a thread."""
 _REFERRED_TO: Final = (CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX)
@@ -188,6 +191,9 @@ class LocalStorage(Storage):
     async def put_after(self, keys: Collection[str], put: Put) -> PutResult:
         before = {self._path(key): key for key in keys}
         return await self._in_thread(partial(self._put, *put, before=before))
+
+    async def put_before(self, put: Put, following: Following) -> tuple[PutResult, list[PutResult | None]]:
+        return await self._in_thread(self._put_before, put, _Making(following))
 
     async def barrier(self, keys: Iterable[str]) -> None:
         await self._sync({self._path(key): key for key in keys}, put_follows=True)
@@ -408,8 +414,17 @@ class LocalStorage(Storage):
         *,
         synced: bool = True,
         before: Mapping[str, str] = _NOTHING,
+        begin_wait: Callable[[], None] | None = None,
     ) -> PutResult:
-        """Write an object. ``before``: paths and keys of files that are made durable before it appears."""
+        """Write an object.
+
+        Parameters
+        ----------
+        before
+            Paths and keys of files that are made durable before it appears.
+        begin_wait
+            Called before the first wait for the medium.
+        """
         path = self._path(key)
         folder = os.path.dirname(path)
         with self._translated("write", key, writes=True):
@@ -422,7 +437,7 @@ class LocalStorage(Storage):
                     self._require_version(key, path, version)
                 case Unchecked():
                     pass
-            temporary, result = self._write_temporary(data, synced=synced, alone=not before)
+            temporary, result = self._write_temporary(data, synced=synced, alone=not before, begin_wait=begin_wait)
         try:
             if before:
                 self._sync_before(before, key, temporary)
@@ -439,6 +454,12 @@ class LocalStorage(Storage):
             self._sync_after_landing(key, folder, named_ns)
             self._folders.durable(path, result.version)
         return result
+
+    def _put_before(self, put: Put, making: _Making) -> tuple[PutResult, list[PutResult | None]]:
+        result = self._put(*put, begin_wait=making.begin)
+        with contextlib.suppress(StorageError):
+            return result, self._put_unsynced(making.wait())
+        return result, []
 
     def _put_unsynced(self, puts: Sequence[Put]) -> list[PutResult | None]:
         answers: list[PutResult | None] = []
@@ -506,7 +527,9 @@ class LocalStorage(Storage):
             with self._translated("sync", key):
                 self._folders.require_certain(path, os.stat(path))
 
-    def _write_temporary(self, data: bytes | memoryview, *, synced: bool, alone: bool) -> tuple[str, PutResult]:
+    def _write_temporary(
+        self, data: bytes | memoryview, *, synced: bool, alone: bool, begin_wait: Callable[[], None] | None
+    ) -> tuple[str, PutResult]:
         """Write an unfinished file. It will be durable before the name that it gets next, if it is synced ``alone``."""
         folder = os.path.join(self._root, RESERVED)
         path = os.path.join(folder, temporary_name())
@@ -515,11 +538,18 @@ class LocalStorage(Storage):
             self._swept = True
             sweep(folder, _ABANDONED_AFTER_S)
         self._folders.make(folder, durable=False)
-        finish: Callable[[int], None] | None = None
+        sync: Callable[[int], None] | None = None
         if synced and self._folders.promises.orders:
-            finish = hand_over
+            sync = hand_over
         elif synced and alone:
-            finish = fsync_file
+            sync = fsync_file
+
+        def finish(descriptor: int) -> None:
+            if begin_wait is not None:
+                begin_wait()
+            if sync is not None:
+                sync(descriptor)
+
         try:
             status = write_new(path, data, group_mode=self._folders.group_mode, finish=finish)
         except FileNotFoundError:
@@ -650,6 +680,31 @@ class LocalStorage(Storage):
             if writes and error.errno in _REFUSED:
                 raise refused(trouble) from error
             raise (unsent(trouble) if writes and not names else trouble) from error
+
+
+class _Making:
+    """The making of objects by the event loop, begun and awaited by a thread."""
+
+    def __init__(self, following: Following) -> None:
+        self._following = following
+        self._loop = asyncio.get_running_loop()
+        self._made = threading.Event()
+
+    def begin(self) -> None:
+        """The thread begins to wait for the medium."""
+        # The loop may have been closed.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._make)
+
+    def _make(self) -> None:
+        try:
+            self._following.make()
+        finally:
+            self._made.set()
+
+    def wait(self) -> Sequence[Put]:
+        """The objects, if they are made soon. A loop that is busy longer writes them itself, or has been closed."""
+        return self._following.puts if self._made.wait(_LOOP_PATIENCE_S) else ()
 
 
 def _take(found: Iterator[ObjectInfo], count: int) -> list[ObjectInfo]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import os
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from icechunk.errors import StorageError
+from icechunk.errors import PreconditionFailedError, StorageError
 from icechunk.storage.local import folders, syncs
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.local.syncs import Promises
-from icechunk.storage.port import Absent, Matches, Put
+from icechunk.storage.port import Absent, Following, Matches, Put
 from tests.promises import BTRFS, EXT4, EXT4_WITHOUT_JOURNAL, UNKNOWN
 from tests.raising import raises
 
@@ -250,3 +252,77 @@ async def test_a_file_that_this_process_made_durable_is_read_without_a_sync(
     await other.get("repo")
     await other.get("repo")
     assert len(synced) == 1, "it is young, and another client's"
+
+
+class Behind(Following):
+    """One object behind an entry, and what there was when it was made."""
+
+    def __init__(self, root: Path, *, fails: bool = False) -> None:
+        self._root = root
+        self._fails = fails
+        self.thread = 0
+        self.there_when_made: list[str] = []
+        self._puts: list[Put] = []
+
+    @property
+    def puts(self) -> list[Put]:
+        return self._puts
+
+    def make(self) -> None:
+        self.thread = threading.get_ident()
+        self.there_when_made = sorted(path.name for path in self._root.rglob("*") if path.name in ("slot", "repo"))
+        if self._fails:
+            raise RuntimeError
+        self._puts = [Put("repo", b"2")]
+
+
+async def test_what_follows_is_made_by_the_loop_before_an_object_appears(tmp_path: Path) -> None:
+    behind = Behind(tmp_path)
+    put, answers = await LocalStorage(tmp_path).put_before(Put("log/slot", b"1", Absent()), behind)
+    assert behind.thread == threading.get_ident()
+    assert (tmp_path / "log" / "slot").read_bytes() == b"1"
+    assert (tmp_path / "repo").read_bytes() == b"2"
+    assert len(answers) == 1
+    assert answers != [put]
+
+
+@pytest.mark.parametrize("promises", [EXT4, EXT4_WITHOUT_JOURNAL, UNKNOWN])
+async def test_what_follows_is_written_once_the_object_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promises: Promises
+) -> None:
+    monkeypatch.setattr(folders, "promises_of", lambda device: promises)
+    storage = LocalStorage(tmp_path)
+    await storage.prepare(["log"])
+    there: list[bool] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        there.append((tmp_path / "repo").exists())
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    await storage.put_before(Put("log/slot", b"1", Absent()), Behind(tmp_path))
+    assert there == [False] * len(there) != []
+    assert (tmp_path / "repo").exists()
+
+
+async def test_nothing_follows_an_object_that_is_not_written(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    await storage.put("log/slot", b"another")
+    with pytest.raises(PreconditionFailedError):
+        await storage.put_before(Put("log/slot", b"1", Absent()), Behind(tmp_path))
+    assert not (tmp_path / "repo").exists()
+
+
+async def test_what_cannot_be_made_does_not_follow(tmp_path: Path) -> None:
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    _, answers = await LocalStorage(tmp_path).put_before(Put("log/slot", b"1", Absent()), Behind(tmp_path, fails=True))
+    assert answers == []
+    assert (tmp_path / "log" / "slot").exists()
+
+
+async def test_that_it_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "repo").mkdir()
+    _, answers = await LocalStorage(tmp_path).put_before(Put("log/slot", b"1", Absent()), Behind(tmp_path))
+    assert answers == []
+    assert (tmp_path / "log" / "slot").exists()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from icechunk.errors import IcechunkError
@@ -31,8 +31,10 @@ from icechunk.log.repository.entries.checkpoint import (
     write_unsynced,
 )
 from icechunk.log.repository.entries.client import LogView
+from icechunk.log.repository.entries.following import FollowingCheckpoint
 from icechunk.log.repository.entries.reader import Head
 from icechunk.log.repository.objects import RepoObject, read_repo
+from icechunk.log.repository.state import RepoState
 from icechunk.log.repository.store_check import require_atomic
 from icechunk.runtime.tasks import finish_task
 
@@ -53,6 +55,10 @@ class Checkpointing:
         self._pausing = False
         self.task: asyncio.Task[None] | None = None
         """Writes checkpoints while any is due."""
+
+    def following(self, n: int, state: RepoState, files: Mapping[str, bytes]) -> FollowingCheckpoint:
+        """Files and ``repo`` to be written behind the entry for slot ``n``, if syncs are deferred."""
+        return FollowingCheckpoint(self._view, n=n, state=state, files=files, busy=self._one_at_a_time.locked)
 
     async def write(self) -> None:
         """Bring ``repo`` up to the head now, durably. `StorageError` where the store does not answer."""

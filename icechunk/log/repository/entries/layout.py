@@ -51,7 +51,7 @@ from icechunk.runtime.clock import Sources
 from icechunk.runtime.loops import closing_garbage
 from icechunk.runtime.tasks import finish_task
 from icechunk.storage.outcome import Fate
-from icechunk.storage.port import Absent, Storage
+from icechunk.storage.port import Absent, Put, PutResult, Storage
 from icechunk.transfer.cache import WeightedCache
 
 __all__ = ["LogLayout", "SlotAttempt"]
@@ -292,8 +292,15 @@ class LogLayout(SwappedLog[SlotAttempt]):
 
     async def _send(self, attempt: SlotAttempt, storage: Storage) -> bool:
         asked, look = instant(self._sources), self.view.begin_look()
+        entry = Put(slot_key(attempt.epoch, attempt.n), attempt.data, Absent())
+        following = None
+        answers: list[PutResult | None] = []
         try:
-            put = await storage.put(slot_key(attempt.epoch, attempt.n), attempt.data, Absent())
+            if storage.defers_syncs:
+                following = self._checkpointing.following(attempt.n, attempt.state, attempt.files)
+                put, answers = await storage.put_before(entry, following)
+            else:
+                put = await storage.put(*entry)
         except PreconditionFailedError:
             return False
         answered = instant(self._sources, put.date_us)
@@ -303,6 +310,8 @@ class LogLayout(SwappedLog[SlotAttempt]):
             return False
         self._fold_own(attempt, asked._replace(date_us=answered.date_us))
         self.view.end_look(look)
+        if following is not None:
+            following.written(answers)
         return True
 
     def _fold_own(self, attempt: SlotAttempt, freshness: Instant | None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.events import MetadataReplaced
 from icechunk.log.repository.marker import Marker, decode_marker
+from icechunk.log.repository.open import open_repository
 from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.local.storage import LocalStorage
 from tests.log.repository.strategies import an_id
@@ -75,3 +78,59 @@ async def test_a_close_makes_it_durable(client: Client) -> None:
 async def test_nothing_is_prepared_behind_a_call_that_has_returned(client: Client) -> None:
     client.log.prepare_writes_soon()
     assert client.log.tasks == ()
+
+
+async def test_repo_is_written_behind_the_entry_in_the_same_call(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("put", "put_before", "put_unsynced", "put_after"):
+        real = getattr(LocalStorage, name)
+
+        async def call(storage: LocalStorage, *args: Any, name: str = name, real: Any = real) -> Any:
+            calls.append(name)
+            return await real(storage, *args)
+
+        monkeypatch.setattr(LocalStorage, name, call)
+    await client.commit(1)
+    calls.clear()
+    await client.commit(2)
+    assert calls == ["put_before"]
+    assert client.slot == 2
+    assert client.has_file(2)
+
+
+async def test_clients_that_take_turns_write_repo_with_every_change(client: Client) -> None:
+    opened = await open_repository(LocalStorage(client.root), SYSTEM)
+    assert isinstance(opened, LogLayout)
+    other = Client(client.root, opened)
+    try:
+        for number in range(1, 9):
+            await (other if number % 2 else client).commit(number)
+            assert client.slot == number
+            assert client.has_file(number)
+        assert client.log.view.known.marker == client.marker
+    finally:
+        await opened.aclose()
+
+
+async def test_repo_is_written_behind_a_checkpoint_of_the_same_client(client: Client) -> None:
+    for number in range(1, 6):
+        commit = asyncio.create_task(client.commit(number))
+        await asyncio.gather(commit, client.log.checkpoint())
+        assert client.slot == number
+        assert client.has_file(number)
+    await client.log.checkpoint()
+    assert client.marker.durable_n == 5
+    assert client.log.view.known.marker == client.marker
+
+
+async def test_a_full_list_of_updates_is_divided_with_a_change(tmp_path: Path) -> None:
+    log = await create_log(LocalStorage(tmp_path), SYSTEM)
+    log.view.updates_per_file = 3
+    client = Client(tmp_path, log)
+    for number in range(1, 9):
+        await client.commit(number)
+        assert client.slot == number
+    assert [type(update.change).__name__ async for update in log.updates()] == ["NewCommit"] * 8 + ["RepoInitialized"]
+    await log.aclose()
