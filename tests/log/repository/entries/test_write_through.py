@@ -134,3 +134,14 @@ async def test_a_full_list_of_updates_is_divided_with_a_change(tmp_path: Path) -
         assert client.slot == number
     assert [type(update.change).__name__ async for update in log.updates()] == ["NewCommit"] * 8 + ["RepoInitialized"]
     await log.aclose()
+
+
+async def test_a_durable_checkpoint_of_another_client_is_not_replaced_by_one_of_before(client: Client) -> None:
+    await client.commit(1)
+    other = await open_repository(LocalStorage(client.root), SYSTEM)
+    await other.checkpoint()
+    assert client.marker.durable_n == 1
+    await client.commit(2)
+    assert client.slot == 2
+    assert client.marker.durable_n == 1
+    await other.aclose()
