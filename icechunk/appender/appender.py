@@ -23,7 +23,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from icechunk.appender.position import Sources, as_metadata, newest_sources, recorded, valid_offset, with_record
+from icechunk.appender.row_memory import RowMemory
 from icechunk.appender.target import Batch, Target
+from icechunk.appender.written_ahead import WriteAhead
 from icechunk.conflicts import ConflictDetector
 from icechunk.errors import (
     CommitOutcomeUnknown,
@@ -73,7 +75,7 @@ class AppenderStats:
     rows_buffered: int
     """Rows that were put and are in no commit yet."""
     bytes_buffered: int
-    """Their size in memory."""
+    """Their size, as it is in memory; on a local disk some are written already."""
     rows_committed: int
     """Rows that this appender committed."""
     commits: int
@@ -220,6 +222,8 @@ class Appender:
         self._alongside = set[asyncio.Task[str | None]]()
         """Commits of replacements and of rows before the first."""
         self._timer: asyncio.Task[None] | None = None
+        self._ahead: WriteAhead | None = None
+        self._memory = RowMemory()
 
     # -- properties ------------------------------------------------------------------------------------------------
 
@@ -261,6 +265,7 @@ class Appender:
         self._seen = _facts(record)
         self._has_left = False
         self._timer = asyncio.create_task(self._tick())
+        self._ahead = WriteAhead(self._require_session()._content.core)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -274,13 +279,16 @@ class Appender:
             await self.flush()
         elif self._committing is not None:
             await asyncio.gather(self._committing, return_exceptions=True)
+        if self._ahead is not None:
+            await asyncio.gather(*self._ahead.cut())
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
     async def put(self, data: Any, *, offset: Any = None, durable: bool = False) -> Promise:
         """Accept rows; they are committed with others soon.
 
-        Waits while more than twice ``max_bytes`` are in memory.
+        Waits while more than twice ``max_bytes`` are buffered, and on a local disk while many rows are being written
+        ahead of their commit.
 
         Parameters
         ----------
@@ -319,6 +327,8 @@ class Appender:
             self._commit_soon()
             while self._bytes >= 2 * self._max_bytes and (committing := self._running_commit()) is not None:
                 await self._wait(committing)
+        while self._ahead is not None and self._ahead.is_full:
+            await self._ahead.wait()
         # A caller that has its rows at hand would let nothing else run, the commit least of all.
         if self._running_commit() is not None or time.monotonic() - self._turn_given_s > _LONGEST_RUN_S:
             await asyncio.sleep(0)
@@ -338,7 +348,7 @@ class Appender:
                 return "skipped"
         while True:
             schema, target = self._schema, self._require_target()
-            batch = await target.checked(self._require_session(), data, keep=self._keep)
+            batch = await target.checked(self._require_session(), data, keep=self._keep, memory=self._memory)
             batch.offset = offset
             if batch.rows == 0:
                 break
@@ -351,6 +361,9 @@ class Appender:
             self._require_open()
         if batch.rows:
             self._buffered.append(batch)
+            if self._ahead is not None:
+                target = self._require_target()
+                self._ahead.add(batch, target, target.length + self._rows)
             self._rows += batch.rows
             self._bytes += batch.num_bytes
             self._oldest_s = self._oldest_s or time.monotonic()
@@ -634,11 +647,14 @@ class Appender:
     async def _commit(self) -> str | None:
         """Commit the rows that are buffered now, behind all that are in the arrays."""
         batches = list(self._buffered)
+        if self._ahead is not None and (writing := self._ahead.cut()):
+            await asyncio.wait(writing)
         told = self._refused
         async with self._turn():
             while True:
                 session = await self._begin()
                 target = self._require_target()
+                await self._have_rows(session, target, batches)
                 new = batches
                 if self._overtaken and self._key is not None:
                     self._refused = told
@@ -667,6 +683,30 @@ class Appender:
             # The last rows were refused: their offset may be put again.
             self._last_offset = self._position
         return made
+
+    async def _have_rows(self, session: Session, target: Target, batches: list[Batch]) -> None:
+        """Read back the written rows that cannot be referred to where they go now."""
+        written = {id(b.written): b.written for b in batches if b.written is not None}
+        if not written:
+            return
+        collected_us = (await session._content.core.log()).state.gc_cutoff_us
+        unfit = {id(one) for one in target.unfit(batches)}
+        for number, one in written.items():
+            old = one.since_us < collected_us
+            if not (old or number in unfit or (self._overtaken and self._key is not None)):
+                continue
+            try:
+                await target.read_back(session, one)
+            except StorageError as error:
+                if not old:
+                    raise
+                self._error = SessionStateError(
+                    f"the appender of source {self._source!r} has ended: a collection has deleted rows that it had "
+                    f"written and not committed; {self._rows} buffered rows are not committed. Open a new appender and "
+                    "continue after its position; collections should spare what is younger than the time between "
+                    "commits"
+                )
+                raise self._error from error
 
     async def _within(self, session: Session, target: Target) -> Target:
         """Leave out the oldest rows, chunk by chunk, where only so many are kept."""
@@ -826,6 +866,8 @@ class Appender:
         target.snapshot_id = made
         self._target, self._session = target, session
         self._counts.commits += 1
+        if self._ahead is not None:
+            self._ahead.resume()
         self._tip_expected_s = time.monotonic()
         if rows is not None:
             # From the sources as they are now: a rebase has read others' newer records.

@@ -12,7 +12,7 @@ import itertools
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -26,9 +26,12 @@ from zarr.core.metadata import ArrayV3Metadata
 from icechunk.runtime.zstd import zstd
 
 __all__ = [
+    "Block",
     "ChunkEncoder",
+    "EncodedChunk",
     "Unfit",
     "codings_of",
+    "encode",
     "in_dtype",
     "require_kept",
     "shown_label",
@@ -322,32 +325,18 @@ class ChunkEncoder:
             spec = evolved.resolve_metadata(spec)
         return cls(chunk_spec, codecs)
 
-    def encode(
-        self, block: Values, first: tuple[int, ...]
-    ) -> Iterator[tuple[tuple[int, ...], bytes | memoryview | None]]:
-        """The chunks that a block fills.
-
-        Parameters
-        ----------
-        block
-            Values; every chunk that it touches it fills up to the array's end.
-        first
-            Coordinates of the chunk in which the block begins.
-
-        Yields
-        ------
-        tuple
-            Chunk coordinates, and the encoded chunk; None for a chunk of fill values, which is not stored.
-        """
+    def _parts(self, block: Values, first: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Values]]:
+        """Coordinates and values of the chunks that a block fills; those at an end may have fewer values."""
         if block.shape == self._shape:
-            yield first, self._encoded(block)
+            yield first, block
             return
         counts = [-(-size // chunk) for size, chunk in zip(block.shape, self._shape, strict=True)]
         for steps in itertools.product(*map(range, counts)):
             part = block[tuple(slice(s * c, (s + 1) * c) for s, c in zip(steps, self._shape, strict=True))]
-            yield tuple(f + s for f, s in zip(first, steps, strict=True)), self._encoded(part)
+            yield tuple(f + s for f, s in zip(first, steps, strict=True)), part
 
-    def _encoded(self, part: Values) -> bytes | memoryview | None:
+    def _uncompressed(self, part: Values) -> memoryview | None:
+        """A chunk encoded but for zstd, if that comes last; None for one of fill values."""
         spec = self._spec
         # Most chunks with other values have one at an end.
         may_be_empty = not spec.config.write_empty_chunks and all(
@@ -368,9 +357,61 @@ class ChunkEncoder:
                 if encoded is None:
                     return None
             octets = np.ascontiguousarray(encoded.as_numpy_array())
-        return octets.data.cast("B") if self._zstd is None else self._zstd.encode(octets.data)
+        return octets.data.cast("B")
 
 
+class Block(NamedTuple):
+    """Values of an array to encode; every chunk that they touch they fill up to the array's end."""
+
+    name: str
+    """The array's."""
+    encoder: ChunkEncoder
+    values: Values
+    first: tuple[int, ...]
+    """Coordinates of the chunk in which the values begin."""
+
+
+class EncodedChunk(NamedTuple):
+    """A chunk of an array."""
+
+    name: str
+    """The array's."""
+    coords: tuple[int, ...]
+    data: memoryview | None
+    """Its bytes, which may share memory with those of others; None for a chunk of fill values, which is not stored."""
+
+
+def encode(blocks: Iterable[Block]) -> Iterator[EncodedChunk]:
+    """The chunks that blocks fill, in their order.
+
+    Chunks are compressed some at a time: then threads do not wait for each other between any two of them.
+    """
+    together: list[EncodedChunk] = []
+    size, last = 0, None
+    for name, encoder, values, first in blocks:
+        if encoder._zstd is not last or size >= _TOGETHER_BYTES:
+            yield from _compressed(together, last)
+            together, size, last = [], 0, encoder._zstd
+        for coords, part in encoder._parts(values, first):
+            if size >= _TOGETHER_BYTES:
+                yield from _compressed(together, last)
+                together, size = [], 0
+            chunk = EncodedChunk(name, coords, encoder._uncompressed(part))
+            size += 0 if chunk.data is None else len(chunk.data)
+            together.append(chunk)
+    yield from _compressed(together, last)
+
+
+def _compressed(chunks: Sequence[EncodedChunk], last: _Zstd | None) -> Iterable[EncodedChunk]:
+    full = [chunk.data for chunk in chunks if chunk.data is not None]
+    if last is None or not full:
+        return chunks
+    frames = iter(last.encode(full))
+    return [chunk if chunk.data is None else chunk._replace(data=memoryview(next(frames))) for chunk in chunks]
+
+
+_TOGETHER_BYTES: Final = 1024 * 1024
+"""Bytes of chunks that are compressed in one call, about."""
 _FAST_LEVEL: Final = 3
 """Level of zstd up to which a compressor takes little memory."""
 
@@ -389,14 +430,20 @@ class _Zstd(NamedTuple):
     def of(cls, codec: ZstdCodec) -> _Zstd:
         return cls(codec.level, codec.checksum, [])
 
-    def encode(self, octets: memoryview) -> bytes:
+    def encode(self, chunks: Sequence[memoryview]) -> Sequence[Any]:
+        """A frame of each chunk, which has a buffer and a length."""
         try:
             compressor = self.free.pop()
         except IndexError:
             compressor = zstd.ZstdCompressor(level=self.level, write_checksum=self.checksum)
-        frame = compressor.compress(octets)
+        if len(chunks) > 1 and hasattr(compressor, "multi_compress_to_buffer"):
+            # Only implementations in C have it.
+            made = compressor.multi_compress_to_buffer([*chunks], threads=1)
+            frames: Sequence[Any] = [made[i] for i in range(len(made))]
+        else:
+            frames = [compressor.compress(chunk) for chunk in chunks]
         self.free.append(compressor)
-        return frame
+        return frames
 
 
 def _changes_nothing(codec: Any, spec: ArraySpec) -> bool:

@@ -26,9 +26,12 @@ from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore, StorePath
 
 from icechunk.appender.chunk_encoding import (
+    Block,
     ChunkEncoder,
+    EncodedChunk,
     Unfit,
     codings_of,
+    encode,
     in_dtype,
     require_kept,
     shown_label,
@@ -36,13 +39,15 @@ from icechunk.appender.chunk_encoding import (
     unlike_dtype,
     whole_units,
 )
+from icechunk.appender.row_memory import RowMemory
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime import json_codec
 from icechunk.runtime.tasks import run_each
 from icechunk.session import Session
+from icechunk.session.ahead import WrittenChunk
 from icechunk.transfer.assets import off_loop
 
-__all__ = ["Batch", "Target", "Variable"]
+__all__ = ["Batch", "Target", "Variable", "WrittenRows", "encoded_rows"]
 
 _CHUNK_BYTES: Final = 256 * 1024
 """Bytes of a chunk of an array that the first dataset creates, about: rows are added to a chunk until it has so many.
@@ -67,7 +72,7 @@ _MOST_PORTION_BYTES: Final = 4 * 1024 * 1024
 """Bytes of rows that a thread encodes at once, at most: so much is held encoded beside the rows."""
 
 Values = npt.NDArray[Any]
-_Chunk: TypeAlias = "tuple[tuple[int, ...], bytes | memoryview | None]"
+_Chunk: TypeAlias = "tuple[tuple[int, ...], memoryview | None]"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,6 +144,32 @@ class Batch:
     num_bytes: int = 0
     fresh: Target | None = None
     """The target that this batch creates, if it does."""
+    written: WrittenRows | None = None
+    """Rows that are written already, these among them: ``values`` lacks some of the arrays."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class WrittenRows:
+    """Rows of batches, of arrays with large chunks, whose chunks are written, and no commit refers to them yet."""
+
+    first: int
+    """The row that they begin with, if no other writer appends any: the first of a chunk of each array."""
+    rows: int
+    variables: dict[str, Variable]
+    """The arrays, as they were then; the rows are whole chunks of each."""
+    chunks: dict[str, list[WrittenChunk]]
+    """Chunks by name of the array, at the coordinates that they have then."""
+    since_us: int
+    """Store time, µs, not later than their upload."""
+    batches: Sequence[Batch]
+    """All that have these rows."""
+
+    def moved(self, name: str, rows: int) -> list[WrittenChunk]:
+        """The chunks of an array, where the rows begin so many rows later."""
+        axis, steps = self.variables[name].axis or 0, rows // self.variables[name].chunk_rows
+        if not steps:
+            return self.chunks[name]
+        return [((*at[:axis], at[axis] + steps, *at[axis + 1 :]), chunk) for at, chunk in self.chunks[name]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -285,7 +316,9 @@ class Target:
                     )
         return batch
 
-    async def checked(self, session: Session, data: Any, *, keep: int | None = None) -> Batch:
+    async def checked(
+        self, session: Session, data: Any, *, keep: int | None = None, memory: RowMemory | None = None
+    ) -> Batch:
         """Check rows against the arrays, before anything is buffered.
 
         Parameters
@@ -296,6 +329,8 @@ class Target:
             A dataset, or a mapping of names to arrays.
         keep
             Rows that are kept: arrays that are created have some chunks for so many.
+        memory
+            Memory for the rows; None: each has its own.
 
         Raises
         ------
@@ -334,7 +369,11 @@ class Target:
                 raise self._refused(f"{name} has {num_rows} rows, other variables {rows}")
             rows = num_rows
             # A copy: the caller may use its memory again as soon as `put` returns.
-            copied = in_dtype(given, variable.dtype) if _may_cast(given.dtype, variable.dtype) else None
+            copied: Values | None = None
+            if given.dtype == variable.dtype:
+                copied = given.copy() if memory is None else memory.copy(given)
+            elif _may_cast(given.dtype, variable.dtype):
+                copied = in_dtype(given, variable.dtype)
             if copied is None and (times := self._times(variable, given)) is not given:
                 copied = in_dtype(times, variable.dtype)
             if copied is None:
@@ -424,21 +463,70 @@ class Target:
         writes = []
         for variable in self.growing:
             start = variable.length
-            aligned = start - start % variable.chunk_rows
-            parts = [batch.values[variable.name] for batch in batches]
-            if variable.tail is not None and len(variable.tail):
-                parts.insert(0, variable.tail)
-            bands = list(_bands(parts, variable.chunk_rows))
+            first = start - start % variable.chunk_rows
+            stretches, written = _stretches(variable, first, batches)
+            stretches_of_bands = [(row, list(_bands(parts, variable.chunk_rows))) for row, parts in stretches]
             # A copy, so that the memory of the batches can be freed.
             open_rows = (start + rows) % variable.chunk_rows
+            bands = stretches_of_bands[-1][1]
             tail = np.concatenate(bands[-1]) if open_rows else np.empty((0, *variable.row_shape), variable.dtype)
             if open_rows:
                 bands[-1] = [tail]
             grown = after.variables[variable.name] = replace(variable, length=start + rows, tail=tail)
-            await _put_document(session.store, self.path(variable.name), grown)
-            writes.append((grown, bands, aligned))
+            path = self.path(variable.name)
+            await _put_document(session.store, path, grown)
+            for row, one in written:
+                session._content.set_written("/" + path, one.moved(variable.name, row - one.first), one.since_us)
+            writes += [(grown, bands, row) for row, bands in stretches_of_bands]
         await self._put_bands(session, writes)
         return after
+
+    def unfit(self, batches: Sequence[Batch]) -> list[WrittenRows]:
+        """Written rows that `write` cannot refer to behind the rows that there are now: chunks begin at other rows, or
+        are encoded otherwise."""
+        found: list[WrittenRows] = []
+        row = self.length
+        for batch in batches:
+            written = batch.written
+            if written is not None and batch is written.batches[0]:
+                moved = row - written.first
+                for name, variable in written.variables.items():
+                    if moved % variable.chunk_rows or not _encodes_alike(variable, self.variables[name]):
+                        found.append(written)
+                        break
+            row += batch.rows
+        return found
+
+    async def read_back(self, session: Session, written: WrittenRows) -> None:
+        """Have the rows in memory again, as if they had not been written.
+
+        Parameters
+        ----------
+        session
+            One without changes; it has none afterwards either.
+
+        Raises
+        ------
+        StorageError
+            They cannot be read.
+        """
+        await _put_groups(session.store, self.group, {})
+        found: dict[str, Values] = {}
+        for name, variable in written.variables.items():
+            grown = replace(variable, length=written.first + written.rows)
+            await _put_document(session.store, self.path(name), grown)
+            content = session._content
+            content.set_written("/" + self.path(name), written.chunks[name], content.since_us)
+            where = [slice(None)] * len(variable.shape)
+            where[variable.axis or 0] = slice(written.first, grown.length)
+            values = np.asarray(await self._array(session, grown).getitem(tuple(where)))
+            found[name] = np.moveaxis(values, variable.axis or 0, 0)
+        session.discard_changes()
+        row = 0
+        for batch in written.batches:
+            batch.values |= {name: values[row : row + batch.rows] for name, values in found.items()}
+            batch.written = None
+            row += batch.rows
 
     async def _create(self, session: Session) -> None:
         """Write the groups, and the arrays that do not grow."""
@@ -556,6 +644,52 @@ class Target:
         return after
 
 
+def encoded_rows(variables: Sequence[Variable], rows: Sequence[Sequence[Values]], first: int) -> Iterator[EncodedChunk]:
+    """The encoded chunks of whole chunk rows of arrays whose encoder is known.
+
+    Parameters
+    ----------
+    rows
+        Rows of each array, in parts.
+    first
+        The first row; a chunk of each array begins there.
+    """
+    for variable, parts in zip(variables, rows, strict=True):
+        bands = enumerate(_bands(parts, variable.chunk_rows), first // variable.chunk_rows)
+        yield from encode(_Band(variable, variable.name, number, band).block() for number, band in bands)
+
+
+def _stretches(
+    variable: Variable, first: int, batches: Sequence[Batch]
+) -> tuple[list[tuple[int, list[Values]]], list[tuple[int, WrittenRows]]]:
+    """The rows of an array in stretches that are in memory, the last of them empty or up to the end, and those that
+    are written; each with its first row.
+
+    Parameters
+    ----------
+    first
+        First row of the open chunk.
+    """
+    row, stretches, written = variable.length, [(first, list[Values]())], list[tuple[int, WrittenRows]]()
+    if variable.tail is not None and len(variable.tail):
+        stretches[0][1].append(variable.tail)
+    for batch in batches:
+        one = batch.written
+        if one is None or variable.name not in one.variables:
+            stretches[-1][1].append(batch.values[variable.name])
+        elif batch is one.batches[0]:
+            written.append((row, one))
+            stretches.append((row + one.rows, []))
+        row += batch.rows
+    return stretches, written
+
+
+def _encodes_alike(one: Variable, other: Variable) -> bool:
+    """Whether two arrays, or states of one, keep the same rows as the same chunks."""
+    changing = {"shape": None, "attributes": None}
+    return one.document | changing == other.document | changing
+
+
 @dataclass(slots=True, frozen=True)
 class _Band:
     """Rows that fill one chunk along the append dimension, up to the end of the array."""
@@ -574,13 +708,13 @@ class _Band:
     def is_fast(self) -> bool:
         return self.variable.encoder is not None and self.variable.encoder.is_fast
 
-    def encoded(self) -> list[_Chunk]:
-        """Coordinates and encoded chunks; None for a chunk of fill values."""
+    def block(self) -> Block:
+        """The rows as they are encoded, of an array with an encoder."""
         variable, axis = self.variable, self.variable.axis or 0
         assert variable.encoder is not None
         rows = self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts)
         first = tuple(self.number if d == axis else 0 for d in range(rows.ndim))
-        return list(variable.encoder.encode(np.moveaxis(rows, 0, axis) if axis else rows, first))
+        return Block(self.path, variable.encoder, np.moveaxis(rows, 0, axis) if axis else rows, first)
 
 
 def _bands(parts: Sequence[Values], chunk_rows: int) -> Iterator[list[Values]]:
@@ -609,8 +743,8 @@ def _power_of_two(most: int) -> int:
 def _encoded(bands: Sequence[_Band]) -> dict[str, list[_Chunk]]:
     """The encoded chunks by path of their array."""
     found: dict[str, list[_Chunk]] = {}
-    for band in bands:
-        found.setdefault(band.path, []).extend(band.encoded())
+    for path, coords, data in encode(band.block() for band in bands):
+        found.setdefault(path, []).append((coords, data))
     return found
 
 

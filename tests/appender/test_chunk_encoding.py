@@ -18,7 +18,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
-from icechunk.appender.chunk_encoding import ChunkEncoder, Unfit, shown_label, stored_values
+from icechunk.appender.chunk_encoding import Block, ChunkEncoder, Unfit, encode, shown_label, stored_values
 
 COMPRESSORS: list[Any] = [
     [],
@@ -59,7 +59,8 @@ async def test_chunks_equal_those_that_zarr_writes(
     assert isinstance(meta, ArrayV3Metadata)
     encoder = ChunkEncoder.of(meta)
     assert encoder is not None
-    ours = {f"a/{meta.encode_chunk_key(at)}": chunk for at, chunk in encoder.encode(values, (0,) * len(shape))}
+    block = Block("a", encoder, values, (0,) * len(shape))
+    ours = {f"a/{meta.encode_chunk_key(at)}": chunk for _, at, chunk in encode([block])}
     await array.setitem(Ellipsis, values)
     theirs = {key: chunk for key, chunk in store.items() if key != "a/zarr.json" and not key.endswith("zarr.json")}
     stored = {key: chunk for key, chunk in ours.items() if chunk is not None}

@@ -1,0 +1,98 @@
+"""Chunks that are written before the session that refers to them is opened, so that its commit need not wait.
+
+They are objects that nothing refers to yet, as the chunks of any session that has not committed: if no commit ever
+does, a collection removes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from icechunk.format.ids import ObjectId
+from icechunk.format.keys import chunk_key
+from icechunk.runtime.tasks import in_thread
+from icechunk.session.core import Core
+from icechunk.storage.buffers import Buffers
+from icechunk.storage.port import Put
+from icechunk.transfer.limiter import WRITE
+
+__all__ = ["Ahead", "EncodedChunks", "Place", "WrittenChunk", "gains_from_writing_ahead", "write_ahead"]
+
+_MEMORY: Final = Buffers()
+"""Memory of packs until they are written."""
+
+Coords: TypeAlias = tuple[int, ...]
+EncodedChunks: TypeAlias = "Iterable[tuple[str, Coords, bytes | memoryview | None]]"
+"""Names of arrays, and coordinates and bytes of their chunks; None for one of fill values, which is not stored."""
+Place: TypeAlias = tuple[ObjectId, int, int]
+"""Object, offset and length of a chunk."""
+WrittenChunk: TypeAlias = "tuple[Coords, Place | bytes | None]"
+"""Coordinates of a chunk, and its place; or its bytes, where they are so few that manifests have them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """Chunks that are durable before anything that is put from now on."""
+
+    chunks: dict[str, list[WrittenChunk]]
+    """By name of their array."""
+    since_us: int
+    """Store time, µs, not later than their upload."""
+
+
+def gains_from_writing_ahead(core: Core) -> bool:
+    """Whether a commit would wait for the medium instead, which is idle until then."""
+    return core.storage.defers_syncs
+
+
+async def write_ahead(core: Core, encode: Callable[[], EncodedChunks], encoders: asyncio.Semaphore) -> Ahead:
+    """Encode chunks in a thread, and write them; small ones share an object.
+
+    Raises `StorageError` where they cannot be written.
+    """
+    since_us = (await core.log()).store_time_us
+    objects: list[tuple[ObjectId, bytes | memoryview]] = []
+    chunks = await in_thread(lambda: _place(core, encode(), objects), limiter=encoders)
+    puts = [Put(chunk_key(id), data) for id, data in objects]
+    if puts:
+        gate, size = core.gates.here(), sum(len(put.data) for put in puts)
+        await gate.enter(size, WRITE)
+        try:
+            await core.storage.put_unsynced(puts)
+        finally:
+            gate.leave(size)
+        await core.storage.barrier([put.key for put in puts])
+    return Ahead(chunks=chunks, since_us=since_us)
+
+
+def _place(
+    core: Core, encoded: EncodedChunks, objects: list[tuple[ObjectId, bytes | memoryview]]
+) -> dict[str, list[WrittenChunk]]:
+    """Places of chunks in the objects that are added to ``objects``."""
+    settings, new_id = core.settings, core.sources.new_object_id
+    pack, memory, size = new_id(), memoryview(b""), 0
+    found: dict[str, list[WrittenChunk]] = {}
+    for name, coords, data in encoded:
+        written: Place | bytes | None = None
+        if data is None:
+            pass
+        elif len(data) <= settings.inline_threshold_bytes:
+            written = bytes(data)
+        elif len(data) >= settings.pack_threshold_bytes:
+            objects.append((new_id(), data))
+            written = (objects[-1][0], 0, len(data))
+        else:
+            if size + len(data) > len(memory):
+                if size:
+                    objects.append((pack, memory[:size]))
+                pack, memory, size = new_id(), _MEMORY.take(max(settings.pack_size_bytes, len(data))), 0
+            memory[size : size + len(data)] = data
+            written = (pack, size, len(data))
+            size += len(data)
+        found.setdefault(name, []).append((coords, written))
+    if size:
+        objects.append((pack, memory[:size]))
+    return found
