@@ -362,17 +362,24 @@ def trimmed(refs: ChunkRefs) -> ChunkRefs:
 def _used(table: tuple[str, ...], column: npt.NDArray[Any]) -> tuple[tuple[str, ...], Any]:
     if not table:
         return table, column
-    present = np.zeros(len(table), np.bool_)
-    present[column[column >= 0]] = True
+    is_set = column >= 0
+    rows = column if is_set.all() else column[is_set]
+    if not len(rows):
+        return (), column
+    # Only as much as the rows span of a table that has the texts of many manifests.
+    first, last = int(rows.min()), int(rows.max())
+    present = np.zeros(last - first + 1, np.bool_)
+    present[rows - first] = True
     used = np.flatnonzero(present)
     if len(used) == len(table):
         return table, column
-    numbers = np.full(len(table), -1, np.int64)
+    if len(used) == len(present):
+        # A manifest of references that were set in order has the locations in order, too.
+        return table[first : last + 1], np.where(is_set, column.astype(np.int64) - first, -1)
+    numbers = np.full(len(present), -1, np.int64)
     numbers[used] = np.arange(len(used))
-    first, last = (int(used[0]), int(used[-1])) if len(used) else (0, -1)
-    # A manifest of references that were set in order has the locations in order, too.
-    texts = table[first : last + 1] if last - first + 1 == len(used) else tuple([table[i] for i in used.tolist()])
-    return texts, np.where(column >= 0, numbers[np.maximum(column, 0)], -1)
+    texts = tuple([table[i] for i in (first + used).tolist()])
+    return texts, np.where(is_set, numbers[np.maximum(column.astype(np.int64) - first, 0)], -1)
 
 
 def from_rows(rows: Mapping[tuple[int, ...], ChunkRef | None], ndim: int) -> ChunkRefs:
