@@ -9,13 +9,14 @@ import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.keys import recent_chunk_key
 from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRef, ChunkRefs, NodeSnapshot
 from icechunk.log.session.array_fold import inside
 from icechunk.log.session.columns import RefTable
 from icechunk.log.session.log import IN_BASE, InBase, SessionLog
 from icechunk.session.core import Core
 from icechunk.storage.port import ByteRange, Octets, clip
-from icechunk.transfer.assets import UNKNOWN, Unknown, recent_chunk_key, references_of
+from icechunk.transfer.assets import UNKNOWN, Unknown, references_of
 from icechunk.transfer.packs import Packs
 
 __all__ = ["CommittedChunks", "all_references", "bytes_of", "read_chunk", "read_chunk_nowait", "reference_of"]

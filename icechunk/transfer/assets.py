@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache, partial
+from functools import partial
 from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
@@ -31,7 +31,7 @@ from icechunk.errors import (
 )
 from icechunk.format.by_node import num_rows
 from icechunk.format.ids import NodeId, ObjectId, encode_id
-from icechunk.format.keys import chunk_key, manifest_key, snapshot_key, transaction_key
+from icechunk.format.keys import manifest_key, recent_chunk_key, snapshot_key, transaction_key
 from icechunk.format.manifest import decode_manifest
 from icechunk.format.manifest.decoding import decode_coords
 from icechunk.format.manifest.refs_by_node import of_rank
@@ -118,9 +118,6 @@ class Unknown(Enum):
 
 
 UNKNOWN: Final = Unknown.UNKNOWN
-
-recent_chunk_key = lru_cache(maxsize=4096)(chunk_key)
-"""As `chunk_key`, faster for what was asked for lately: packs hold many chunks."""
 
 
 class _Columns:
