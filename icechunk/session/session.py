@@ -605,10 +605,14 @@ class Session:
                 "a writable session cannot be pickled: two processes would write the same history "
                 "independently. Use Session.fork() to hand work to other processes, and merge the forks"
             )
-        return {"core": self._content.core, "base": self._content.log.base}
+        base = self._content.log.base
+        return {"core": self._content.core, "base": base.id, "snapshot": _embedded(base)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._content = SessionContent.on(state["core"], state["base"])
+        core, base = state["core"], state["base"]
+        # Older versions pickled the snapshot itself.
+        snapshot = base if isinstance(base, Snapshot) else _arrived(core, base, state["snapshot"])
+        self._content = SessionContent.on(core, snapshot)
 
     def _summary(self) -> list[tuple[str, object]]:
         summary: list[tuple[str, object]] = [("read_only", self.read_only), ("snapshot_id", self.snapshot_id)]
@@ -638,7 +642,7 @@ def _land_chunks(content: SessionContent) -> None:
 
 
 _EMBEDDED_BYTES = 256 * 1024
-"""A base up to this size is pickled with the fork; another process reads a larger one itself."""
+"""A base up to this size is pickled with the session; another process reads a larger one itself."""
 _EMBEDDED_NODES = 10_000
 """Bases with more nodes are not even encoded to find out."""
 
@@ -740,7 +744,8 @@ def _arrived(core: Core, id: ObjectId, embedded: bytes | None) -> Snapshot:
 
 
 def _embedded(base: Snapshot) -> bytes | None:
-    if len(base.nodes) > _EMBEDDED_NODES:
+    # The parent that a snapshot of format 1 has would be lost.
+    if len(base.nodes) > _EMBEDDED_NODES or base.parent_id is not None:
         return None
     data = encode_snapshot(base)
     return data if len(data) <= _EMBEDDED_BYTES else None

@@ -29,6 +29,7 @@ from icechunk.storage.port import Storage
 from tests.raising import raises
 from tests.store.store_builders import read
 
+GROUP = b'{"zarr_format": 3, "node_type": "group", "attributes": {}}'
 VALUES = np.arange(1, 1 + 32 * 16, dtype="i4").reshape(32, 16)
 
 
@@ -180,6 +181,31 @@ def test_a_pickled_store_is_equal_and_reads_the_same_snapshot(repository: Reposi
     assert total(store) == VALUES.sum()
     assert "later" not in zarr.open_group(store, mode="r")
     assert repr(store) == repr(session.store)
+
+
+@pytest.mark.parametrize("spec_version", [1, 2, None])
+@pytest.mark.parametrize("groups", [100, 12_000])
+def test_a_read_only_session_of_a_wide_hierarchy_can_be_pickled(
+    tmp_path: Path, groups: int, spec_version: int | None
+) -> None:
+    repository = Repository.create(LocalStorage(tmp_path / "repository"), spec_version=spec_version)
+    session = repository.writable_session("main")
+    for i in range(groups):
+        session._content.set_metadata(f"/g{i}", GROUP)
+    session.commit("groups")
+    written = repository.readonly_session("main")
+    read = Repository.open(repository.storage).readonly_session("main")
+    for one in (session, written, read):
+        data = pickle.dumps((one, one.store))
+        assert len(data) < 300_000
+        again, store = pickle.loads(data)
+        assert again == one
+        assert store.session is again
+        assert again._content.node(f"/g{groups - 1}") == one._content.node(f"/g{groups - 1}")
+        assert [node.path for node in again._content.nodes("/")] == [node.path for node in one._content.nodes("/")]
+    history = [info.id for info in Repository.open(repository.storage).ancestry(branch="main")]
+    assert [info.id for info in repository.ancestry(branch="main")] == history
+    assert len(history) == 2
 
 
 def test_pickle_is_small_and_keeps_the_configuration(repository: Repository) -> None:
