@@ -92,7 +92,7 @@ class Sessions(RepositoryBase):
             The repository's status, or its storage, is read-only.
         """
         require_writable(self._core.storage, "begin a writable session")
-        return await self._session_on(branch, await self._core.state(branch=branch))
+        return await self._session_on(branch, await self._core.state(branch=branch, to_write=True))
 
     async def _session_on(
         self, branch: str, state: RepoState, *, rearrange: bool = False, preload: bool = True

@@ -313,7 +313,12 @@ class Core:
         return self._logs.peek() or await self._logs.get()
 
     async def state(
-        self, snapshot_id: str | None = None, *, branch: str | None = None, tag: str | None = None
+        self,
+        snapshot_id: str | None = None,
+        *,
+        branch: str | None = None,
+        tag: str | None = None,
+        to_write: bool = False,
     ) -> RepoState:
         """The state of the repository as of now: it includes every change that was acknowledged before the call.
 
@@ -323,11 +328,16 @@ class Core:
             A snapshot that its graph should have, if it exists.
         branch, tag
             Refs that it should show, if they exist.
+        to_write
+            Whether the caller is going to write; see `RepositoryLog.refresh_in_turn`.
         """
         called = next(self._order)
         log = await self.log()
         # An open that began after the call has read all changes that were acknowledged before it.
-        state = log.state if self._opened[log] > called else await log.refresh()
+        if self._opened[log] > called:
+            state = log.state
+        else:
+            state = await (log.refresh_in_turn() if to_write else log.refresh())
         if branch is not None or tag is not None:
             state = await log.name_refs(branches=[] if branch is None else [branch], tags=[] if tag is None else [tag])
         return state if snapshot_id is None else await log.learn([object_id_from_text(snapshot_id)])

@@ -251,7 +251,7 @@ class Rebase:
         """
         core = self._content.core
         if state is None:
-            state = await core.state(branch=branch)
+            state = await core.state(branch=branch, to_write=True)
         base, tip = self.log.base.id, state.branch_tip(branch)
         state = await _with_history(core, state, base, tip)
         self._require_not_landed(state, tip)

@@ -138,6 +138,10 @@ class RepositoryLog(ABC):
             instance has returned: open it again.
         """
 
+    async def refresh_in_turn(self) -> RepoState:
+        """As `refresh`, for a caller that is going to write: where many clients write, not before its turn."""
+        return await self.refresh()
+
     async def name_refs(self, *, branches: Iterable[str] = (), tags: Iterable[str] = ()) -> RepoState:
         """See to it that the state shows the refs of these names that exist, also where refs cannot be listed.
 

@@ -165,6 +165,10 @@ class SwappedLog(RepositoryLog, Generic[A]):
         """
         await self._sources.sleep(self._pause_s())
 
+    def _note_swap(self, took_s: float) -> None:
+        """An attempt has landed, or is lost, after so long."""
+        self._swap_s = took_s if not self._swap_s else 0.75 * self._swap_s + 0.25 * took_s
+
     def _pause_s(self) -> float:
         """A pause with full jitter, in proportion to the time of a swap.
 
@@ -172,8 +176,11 @@ class SwappedLog(RepositoryLog, Generic[A]):
         lost, the shorter it is, so that none starves. The winner writes again two round trips later. A loser that
         begins at any time between has a chance to be first, but without a pause it is always a little late.
         """
-        swaps = _SWAPS_AFTER_ONE_LOSS if self._losses < 2 else max(_LEAST_SWAPS, _SWAPS_BY_LOSSES / self._losses)
-        return min(_LONGEST_PAUSE_S, swaps * self._swap_s) * self._sources.fraction()
+        return min(_LONGEST_PAUSE_S, self._most_swaps() * self._swap_s) * self._sources.fraction()
+
+    def _most_swaps(self) -> float:
+        """The longest pause, in swaps."""
+        return _SWAPS_AFTER_ONE_LOSS if self._losses < 2 else max(_LEAST_SWAPS, _SWAPS_BY_LOSSES / self._losses)
 
     @property
     def embed_limit_bytes(self) -> int:
@@ -279,7 +286,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
         self._in_flight = None
         match settled.fate:
             case Fate.LANDED | Fate.LOST:
-                self._swap_s = took_s if not self._swap_s else 0.75 * self._swap_s + 0.25 * took_s
+                self._note_swap(took_s)
                 await self._decided(attempt, settled.fate)
             case Fate.REFUSED:
                 assert settled.why is not None

@@ -22,12 +22,14 @@ from icechunk.errors import AccessDeniedError, FormatError, IcechunkError, Objec
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import REPO_KEY, snapshot_key
 from icechunk.log.repository.entries.checkpoint import Written, finish_conversion
+from icechunk.log.repository.entries.crowd import TAG_BYTES, Crowd
 from icechunk.log.repository.entries.embedded import EmbeddedFiles
 from icechunk.log.repository.entries.reader import (
     Head,
     Opened,
     fold_entry,
     open_head,
+    read_some,
     read_tail,
     read_until_absent,
     try_list_head,
@@ -48,7 +50,7 @@ from icechunk.transfer.cache import WeightedCache
 __all__ = ["LogView"]
 
 _LOG: Final = logging.getLogger(__name__)
-_MANY_FILES: Final = 64
+_MANY_FILES: Final = 8
 _MANY_NONCES: Final = 1024
 
 
@@ -95,6 +97,8 @@ class LogView:
         """Small files of the repository, to be read from memory."""
         self.sealer: asyncio.Task[None] | None = None
         """Seals the log after a takeover."""
+        self.crowd: Crowd = Crowd(sources.random_bytes(TAG_BYTES))
+        """Turns of the clients that write to this log."""
         self.looked: int = 0
         """Number of the newest look that has shown where the log ends."""
         self._looks = 0
@@ -159,6 +163,7 @@ class LogView:
         if entry.n == self.head.n + 1:
             self.head = fold_entry(self.head, entry)
             self._remember(entry.n, entry.nonce, entry.objects)
+            self.crowd.note(entry.n, entry.nonce, self.sources.elapsed_us())
 
     def fold_own(
         self,
@@ -191,6 +196,7 @@ class LogView:
         else:
             self.head = fold_entry(self.head, decode_entry(data, n=n))
         self._remember(n, nonce, files)
+        self.crowd.note(n, nonce, self.sources.elapsed_us())
         if freshness is not None:
             self.freshness = freshness
 
@@ -316,31 +322,63 @@ class LogView:
                 if await self._follow_repo():
                     continue
                 return self.state
-            freshness, n, asked = self.freshness, self.head.n, instant(self.sources)
-            try:
-                found = await read_slot(self.storage, self.head.epoch, n + 1)
-            except AccessDeniedError:
-                # Neither it nor the slot before it can be read: `repo` shows where the log continues (rule 6).
-                opened = await self.reopen()
-                if isinstance(opened, Opened) and opened.head.n < self.head.n:
-                    raise
-                if self.ended_reason is not None:
-                    continue
-            else:
-                answered = instant(self.sources, None if found is None else found[1].date_us)
-                self.saw(answered)
-                if not is_fresh(freshness, answered):
-                    # Rule 5: the slot may have been pruned, and "empty" would say nothing.
-                    await self.reopen()
-                    continue
-                if found is not None:
-                    self.advance(found[0])
-                    await self._catch_up(asked)
-                elif self.head.n == n:
-                    self.freshness = asked
-            # Otherwise another task of this loop folded past it meanwhile, which includes all that was asked for.
-            if not self.state.sealed and self.ended_reason is None:
+            looked = await self._read_expected() or await self._read_on()
+            # Or another task of this loop folded past it meanwhile, which includes all that was asked for.
+            if looked and not self.state.sealed and self.ended_reason is None:
                 return self.state
+
+    async def _read_on(self) -> bool:
+        """Read the slot after the head, and if it is taken the rest of the log; False: look again."""
+        freshness, n, asked = self.freshness, self.head.n, instant(self.sources)
+        try:
+            found = await read_slot(self.storage, self.head.epoch, n + 1)
+        except AccessDeniedError:
+            # Neither it nor the slot before it can be read: `repo` shows where the log continues (rule 6).
+            opened = await self.reopen()
+            if isinstance(opened, Opened) and opened.head.n < self.head.n:
+                raise
+            return True
+        answered = instant(self.sources, None if found is None else found[1].date_us)
+        self.saw(answered)
+        self.crowd.note_trip(answered.elapsed_us - asked.elapsed_us)
+        if not is_fresh(freshness, answered):
+            # Rule 5: the slot may have been pruned, and "empty" would say nothing.
+            await self.reopen()
+            return False
+        if found is not None:
+            self.advance(found[0])
+            await self._catch_up(asked)
+        elif self.head.n == n:
+            self.freshness = asked
+        return True
+
+    async def _read_expected(self) -> bool:
+        """In a crowd, read as many slots at once as have probably been taken, and one more; False: nothing is decided.
+
+        One round trip to the end of the log, and no listing, which would be late by the time that it takes.
+        """
+        expected = self.crowd.expected(self.sources.elapsed_us())
+        while expected:
+            epoch, n, freshness, asked = self.head.epoch, self.head.n, self.freshness, instant(self.sources)
+            try:
+                entries, more = await read_some(self.storage, epoch, n, expected + 1)
+                self.crowd.note_trip(self.sources.elapsed_us() - asked.elapsed_us)
+            except AccessDeniedError:
+                return False
+            if not self._advance_all(entries, epoch, freshness) or (more and not entries):
+                return False
+            if not more:
+                if self.head.n == n + len(entries):
+                    self.freshness = asked
+                return True
+        return False
+
+    async def read_next(self) -> None:
+        """Fold the slot after the head if it is taken. More may follow: this does not look for the end of the log."""
+        epoch, freshness = self.head.epoch, self.freshness
+        found = await read_slot(self.storage, epoch, self.head.n + 1)
+        if found is not None:
+            self._advance_all([found[0]], epoch, freshness)
 
     async def _catch_up(self, asked: Instant) -> None:
         """Fold the rest of a tail that is known to have grown."""

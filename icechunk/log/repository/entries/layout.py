@@ -34,6 +34,7 @@ from icechunk.format.repo.repo_info import Update
 from icechunk.log.repository import events as e
 from icechunk.log.repository.entries.checkpoint_schedule import Checkpointing
 from icechunk.log.repository.entries.client import LogView
+from icechunk.log.repository.entries.crowd import TAG_BYTES
 from icechunk.log.repository.entries.reader import Opened
 from icechunk.log.repository.entry import encode_entry, slot_key
 from icechunk.log.repository.event_json import encode_events
@@ -57,6 +58,15 @@ from icechunk.transfer.cache import WeightedCache
 __all__ = ["LogLayout", "SlotAttempt"]
 
 _LOG: Final = logging.getLogger(__name__)
+_NEAR: Final = 2.5
+"""Clients before this one, at which it no longer pauses, but asks for the next slot until that is taken."""
+_NEXT_ASK_TRIPS: Final = 0.25
+_ASK_TRIPS: Final = 0.75
+"""Round trips between two such requests: of the client whose turn is the next one, and of others."""
+_SHARE_OF_WAY: Final = 0.6
+_SWAPS_OUT_OF_TURN: Final = 2
+"""Longest pause, in swaps, of a client that lost a race near its turn, or without having one."""
+_LONGEST_WAIT_US: Final = 5_000_000
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -101,6 +111,10 @@ class LogLayout(SwappedLog[SlotAttempt]):
         self._expected: tuple[RepoState, list[Waiting], RepoState] = (self.state, [], self.state)
         self._preparation: asyncio.Task[None] | None = None
         """Checks the store before the first swap."""
+        self._asks: set[asyncio.Task[None]] = set()
+        """Requests for the slot after the head, of callers that wait for this client's turn."""
+        self._moved = asyncio.Event()
+        """Set when one of them has found an entry."""
         self._wrote = False
         """Whether an entry of this client has landed."""
 
@@ -132,7 +146,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
     def tasks(self) -> tuple[asyncio.Task[None], ...]:
         """The newest task of each kind, done or not; for tests that stop a client dead."""
         tasks = (self.runner, self._preparation, self.view.embedded.task, self._checkpointing.task, self.view.sealer)
-        return tuple(task for task in tasks if task is not None)
+        return (*(task for task in tasks if task is not None), *self._asks)
 
     def share_files(self, files: WeightedCache[str, bytes]) -> None:
         for key, data in self.view.files.items():
@@ -151,6 +165,49 @@ class LogLayout(SwappedLog[SlotAttempt]):
         if self.view.taken_over:
             raise SessionStateError(self.view.ended_reason or "")
         return self.state
+
+    async def refresh_in_turn(self) -> RepoState:
+        crowd, sources = self.view.crowd, self._sources
+        end_us = sources.elapsed_us() + _LONGEST_WAIT_US
+        while (ahead := self._ahead()) > _NEAR and sources.elapsed_us() < end_us:
+            # The pace may change, and clients may leave: the rest of the way is looked at again.
+            await sources.sleep((ahead - _NEAR) * crowd.interval_us * _SHARE_OF_WAY / 1e6)
+            await self.view.refresh()
+        await self.refresh()
+        moved = False
+        while (ahead := self._ahead()) and sources.elapsed_us() < end_us:
+            # An answer is not waited for before the next request, so that a taken slot is seen soon.
+            if not moved:
+                ask = asyncio.get_running_loop().create_task(self._ask(), name="icechunk log turn")
+                self._asks.add(ask)
+                ask.add_done_callback(self._asks.discard)
+            trips = _NEXT_ASK_TRIPS if ahead == 1 else _ASK_TRIPS
+            moved = await self._moves_within(trips * crowd.trip_us / 1e6)
+        return self.state
+
+    async def _moves_within(self, seconds: float) -> bool:
+        """Wait until a request of `_ask` has found an entry, or the time has passed."""
+        self._moved.clear()
+        waiting = asyncio.ensure_future(self._moved.wait())
+        try:
+            await asyncio.wait({waiting}, timeout=seconds)
+        finally:
+            waiting.cancel()
+        return self._moved.is_set()
+
+    async def _ask(self) -> None:
+        n = self.n
+        # Turns are advice: what is wrong shows in what follows.
+        with suppress(IcechunkError, OSError):
+            await self.view.read_next()
+        if self.n != n:
+            self._moved.set()
+
+    def _ahead(self) -> int:
+        """Number of clients whose turn comes before this client's; 0 where one of its own swaps is under way."""
+        if self.waiting or self._in_flight is not None or self.view.ended_reason is not None:
+            return 0
+        return self.view.crowd.ahead(self._sources.elapsed_us())
 
     def updates(self) -> AsyncIterator[Update]:
         return updates_of(self._storage, self.state)
@@ -269,7 +326,8 @@ class LogLayout(SwappedLog[SlotAttempt]):
         return build(self.state, waiting, time_us=max(self._sources.wall_us(), 0))
 
     async def _make(self, group: Group) -> SlotAttempt:
-        head, nonce = self.view.head, self._sources.random_bytes(16)
+        # So the others can tell the entries of this client from those of others.
+        head, nonce = self.view.head, self.view.crowd.tag + self._sources.random_bytes(16 - TAG_BYTES)
         data = encode_entry(
             n=head.n + 1,
             nonce=nonce,
@@ -331,6 +389,17 @@ class LogLayout(SwappedLog[SlotAttempt]):
 
     def _landed(self, attempt: SlotAttempt) -> None:
         self._checkpointing.spawn_if_due()
+
+    def _note_swap(self, took_s: float) -> None:
+        super()._note_swap(took_s)
+        self.view.crowd.note_trip(took_s * 1e6)
+
+    def _most_swaps(self) -> float:
+        crowd = self.view.crowd
+        if not crowd.interval_us:
+            return super()._most_swaps()
+        # A client whose turn is far away waits for it with its next look.
+        return 0 if self._ahead() > _NEAR else _SWAPS_OUT_OF_TURN
 
     async def _lost(self) -> None:
         await super()._lost()
@@ -461,6 +530,9 @@ class LogLayout(SwappedLog[SlotAttempt]):
             return
         await super().aclose()
         await finish_task(self._preparation, CLOSE_GRACE_S)
+        for ask in tuple(self._asks):
+            ask.cancel()
+            await finish_task(ask, CLOSE_GRACE_S)
         await self.view.embedded.finish(CLOSE_GRACE_S)
         await self._checkpointing.finish(CLOSE_GRACE_S)
         # A reader leaves `repo` alone, which it may not even be allowed to write. A client on local disk that is closed

@@ -28,6 +28,7 @@ __all__ = [
     "list_head",
     "newest_epoch",
     "open_head",
+    "read_some",
     "read_tail",
     "read_until_absent",
     "try_list_head",
@@ -64,6 +65,21 @@ class Opened:
 async def read_tail(storage: Storage, epoch: str, after: int, end: int) -> list[Entry]:
     """GET the slots after ``after`` up to ``end`` (inclusive) at once; ends before the first one that is missing."""
     return list(_unbroken(await _read_slots(storage, epoch, after, end)))
+
+
+async def read_some(storage: Storage, epoch: str, after: int, count: int) -> tuple[list[Entry], bool]:
+    """GET so many slots after ``after``, which was taken, at once.
+
+    Returns
+    -------
+    list of Entry
+        Those before the first absent slot.
+    bool
+        Whether there are more: none was absent, or there is one after the first that was.
+    """
+    slots = await _read_slots(storage, epoch, after, after + count)
+    found = list(_unbroken(slots))
+    return found, len(found) == count or any(entry is not None for entry in slots[len(found) :])
 
 
 async def read_until_absent(storage: Storage, epoch: str, after: int) -> tuple[list[Entry], int]:

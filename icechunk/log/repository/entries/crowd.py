@@ -1,0 +1,109 @@
+"""Turns of the clients that write to one log at the same time, as one of them sees them.
+
+A slot goes to the first PUT, so of clients that commit as often as they can most lose each race, and one that is always
+a little late never gets a slot. But every client reads who took the slots before: the nonce of an entry begins with the
+tag of its client. So they can take turns without another request. The next slot belongs to the client that has waited
+longest since its last entry, and all clients see the same order. A client whose turn is far away pauses; one whose turn
+is near asks for the next slot until the clients before it have taken theirs. A client that lets its turn pass is waited
+for for a few round trips, and soon not at all. Clients that have no entry yet may take any slot, and are let in first.
+
+Turns are advice: they decide when a client looks, never what it may write or what is folded.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+__all__ = ["TAG_BYTES", "Crowd"]
+
+TAG_BYTES: Final = 4
+_MANY: Final = 64
+_OBSERVED: Final = 16
+"""Entries over which the time between two is averaged."""
+_LEAST_TRIP_US: Final = 8_000
+"""With shorter round trips clients wait for the machines: turns would cost more than they save."""
+_CROWDED_TRIPS: Final = 6
+"""Round trips between two entries, above which clients are not in each other's way."""
+_PATIENCE_TRIPS: Final = 4
+"""Round trips after which a turn counts as unused."""
+_UNUSED_TURNS: Final = 3
+"""Turns in which others may be first before a client is forgotten."""
+
+
+class Crowd:
+    """The clients whose entries one client has read lately, and the pace of those entries.
+
+    Parameters
+    ----------
+    tag
+        This client's.
+    """
+
+    def __init__(self, tag: bytes) -> None:
+        self.tag = tag
+        self._trips_us: deque[float] = deque(maxlen=_OBSERVED)
+        """Duration of the latest requests, µs."""
+        self._unused: dict[bytes, int] = {}
+        """Number of turns that each client let pass since its last entry; the one that waits longest is first."""
+        self._newcomers = False
+        """Whether the newest entry is the first one of its client, so that others may be about to come."""
+        self._seen: deque[tuple[int, int]] = deque(maxlen=_OBSERVED)
+        """Slots, and when they were read, µs."""
+
+    def note_trip(self, took_us: float) -> None:
+        """A request for a slot has taken so long."""
+        self._trips_us.append(took_us)
+
+    @property
+    def trip_us(self) -> float:
+        """A round trip, µs, without what holds up a request in a crowd; 0: not known."""
+        return min(self._trips_us, default=0.0)
+
+    def note(self, n: int, nonce: bytes, now_us: int) -> None:
+        """An entry has been folded just now."""
+        tag = nonce[:TAG_BYTES]
+        self._newcomers = tag not in self._unused
+        if tag in self._unused:
+            given_up = self._given_up(now_us)
+            for i, other in enumerate(list(self._unused)):
+                if other == tag:
+                    break
+                self._unused[other] += 1
+                if (i < given_up or self._unused[other] > _UNUSED_TURNS) and other != self.tag:
+                    del self._unused[other]
+            del self._unused[tag]
+        elif len(self._unused) >= _MANY:
+            del self._unused[next(iter(self._unused))]
+        self._unused[tag] = 0
+        self._seen.append((n, now_us))
+
+    def _given_up(self, now_us: int) -> int:
+        """Number of turns that have passed without an entry since the newest one was read."""
+        if not self._seen or not self.trip_us:
+            return 0
+        return int((now_us - self._seen[-1][1]) / (_PATIENCE_TRIPS * self.trip_us))
+
+    @property
+    def interval_us(self) -> float:
+        """Time between two entries; 0: unknown, or so long that clients are not in each other's way."""
+        trip_us = self.trip_us
+        if len(self._seen) < 2 or trip_us < _LEAST_TRIP_US:
+            return 0.0
+        (first, began_us), (last, ended_us) = self._seen[0], self._seen[-1]
+        interval_us = (ended_us - began_us) / max(1, last - first)
+        return interval_us if interval_us <= _CROWDED_TRIPS * trip_us else 0.0
+
+    def ahead(self, now_us: int) -> int:
+        """Number of clients whose turn comes before this client's, without the turns that have passed unused."""
+        if self.tag not in self._unused or not self.interval_us:
+            return 0
+        before = list(self._unused).index(self.tag) + self._newcomers
+        return max(0, before - self._given_up(now_us))
+
+    def expected(self, now_us: int) -> int:
+        """Number of entries that may have been added since the newest one was read, about; 0: not in a crowd."""
+        interval_us = self.interval_us
+        if not interval_us:
+            return 0
+        return min(_OBSERVED, 1 + int((now_us - self._seen[-1][1]) / interval_us))
