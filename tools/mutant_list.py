@@ -377,8 +377,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "empty-slot-is-believed",
         "rule 5: an empty slot is the end only while the knowledge is fresh",
         LOG + "entries/client.py",
-        "                if not is_fresh(freshness, answered):\n",
-        "                if False:\n",
+        "        if not is_fresh(freshness, answered):\n            # Rule 5: the slot may",
+        "        if False:\n            # Rule 5: the slot may",
         tests=("tests/log/repository/entries",),
     ),
     Mutant(
