@@ -84,6 +84,9 @@ class Sessions(RepositoryBase):
     async def writable_session_async(self, branch: str) -> Session:
         """Begin changes on top of a branch's newest version.
 
+        Where several processes commit as fast as the store lets them, this waits until it is this one's turn, for five
+        seconds at most.
+
         Raises
         ------
         RefNotFoundError
