@@ -208,8 +208,8 @@ async def test_a_commit_that_fails_leaves_written_rows_to_the_next(
         await put(appender, 0, ENOUGH)
         assert await wait_until_written(appender) >= 8
         with monkeypatch.context() as patched:
-            patched.setattr(LocalStorage, "put_after", refuse)
-            patched.setattr(LocalStorage, "put", refuse)
+            for name in ("put", "put_after", "put_unsynced"):
+                patched.setattr(LocalStorage, name, refuse)
             with pytest.raises(StorageError):
                 await appender.flush()
         await put(appender, ENOUGH, ENOUGH)
