@@ -105,7 +105,7 @@ class SessionContent:
         self.log: SessionLog = log
         self.branch = branch
         self.origin = origin
-        self.since_us = since_us
+        self.since_us: int = since_us
         self.rearrange = rearrange
         self.lineage = lineage
         self.persisted = persisted
