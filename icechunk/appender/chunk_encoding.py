@@ -407,11 +407,15 @@ def _compressed(chunks: Sequence[EncodedChunk], last: _Zstd | None) -> Iterable[
     if last is None or not full:
         return chunks
     frames = iter(last.encode(full))
-    return [chunk if chunk.data is None else chunk._replace(data=memoryview(next(frames))) for chunk in chunks]
+    return [
+        EncodedChunk(name, coords, None if data is None else memoryview(next(frames))) for name, coords, data in chunks
+    ]
 
 
 _TOGETHER_BYTES: Final = 1024 * 1024
 """Bytes of chunks that are compressed in one call, about."""
+_LARGE_BYTES: Final = 4096
+"""Bytes of chunks from which on they are."""
 _FAST_LEVEL: Final = 3
 """Level of zstd up to which a compressor takes little memory."""
 
@@ -436,8 +440,8 @@ class _Zstd(NamedTuple):
             compressor = self.free.pop()
         except IndexError:
             compressor = zstd.ZstdCompressor(level=self.level, write_checksum=self.checksum)
-        if len(chunks) > 1 and hasattr(compressor, "multi_compress_to_buffer"):
-            # Only implementations in C have it.
+        if len(chunks[0]) >= _LARGE_BYTES and hasattr(compressor, "multi_compress_to_buffer"):
+            # Only implementations in C have it; of small chunks it takes longer.
             made = compressor.multi_compress_to_buffer([*chunks], threads=1)
             frames: Sequence[Any] = [made[i] for i in range(len(made))]
         else:
