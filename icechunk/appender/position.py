@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError
+from icechunk.errors import ErrorKind, FormatError, InvalidInputError, ObjectNotFoundError
 from icechunk.ops import Update, UpdateType
 from icechunk.session.commit import APPENDED
 from icechunk.snapshots import SnapshotInfo
@@ -69,6 +69,10 @@ async def newest_sources(
         except ObjectNotFoundError:
             # Older updates are no longer known.
             sources.complete = False
+        except FormatError as error:
+            # Format 1 has no ops log: an expiration leaves no trace there.
+            if error.kind != ErrorKind.UNSUPPORTED_SPEC_VERSION:
+                raise
     return sources
 
 

@@ -73,3 +73,18 @@ async def test_an_appender_whose_record_expires_ends() -> None:
         await appender.put(rows(1), offset=1)
         with pytest.raises(SessionStateError):
             await appender.flush()
+
+
+@pytest.mark.parametrize("spec_version", [None, 2, 1])
+async def test_a_repository_with_history_and_without_records_is_begun_at_the_start(spec_version: int | None) -> None:
+    repo = await new_repo(spec_version)
+    for name in ("g", "h"):
+        session = await repo.writable_session_async("main")
+        await azarr.create_group(store=session.store, path=name)
+        await session.commit_async(name)
+    for source, position in (("a", None), ("a", 7), ("b", None)):
+        async with repo.appender("main", dim="time", source=source, group=source) as appender:
+            assert appender.position == position
+            if position is None:
+                await appender.put(rows(0, 3), offset=7)
+    assert await stored(repo, "a") == await stored(repo, "b") == [0, 1, 2]
