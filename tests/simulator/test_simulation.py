@@ -93,7 +93,7 @@ def test_a_seed_is_a_schedule(layout: Layout) -> None:
 @pytest.mark.parametrize("convert", [False, True])
 def test_clients_of_the_official_library_take_part(layout: Layout, convert: bool) -> None:
     outcomes: Counter[str] = Counter()
-    for seed in range(20):
+    for seed in range(40):
         report = simulate(seed, Plan(layout=layout, official=True, convert=convert))
         assert not report.problems, f"seed {seed}: {report.problems}"
         outcomes.update(op.outcome for op in report.history if op.client.startswith("o"))

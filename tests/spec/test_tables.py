@@ -179,7 +179,7 @@ def a_snapshot() -> Snapshot:
 
 def test_a_manifest_of_ours_reads_with_the_tables_of_the_page() -> None:
     _, payload = unseal(encode_manifest(a_manifest()), FileType.MANIFEST)
-    read = Reader(payload).root("Manifest")
+    read = Reader(payload[:]).root("Manifest")
     (array,) = read["arrays"]
     inline, native, virtual = array["refs"]
     assert (read["id"], array["node_id"], read["compression_algorithm"]) == (B, N2, 0)
@@ -192,7 +192,7 @@ def test_a_manifest_of_ours_reads_with_the_tables_of_the_page() -> None:
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_snapshot_of_ours_reads_with_the_tables_of_the_page(version: int) -> None:
     _, payload = unseal(encode_snapshot(a_snapshot(), version), FileType.SNAPSHOT)
-    read = Reader(payload).root("Snapshot")
+    read = Reader(payload[:]).root("Snapshot")
     root, array = read["nodes"]
     assert (read["id"], read["flushed_at"], read["message"]) == (A, 77, "hello")
     assert [item["name"] for item in read["metadata"]] == ["k"]
@@ -222,7 +222,7 @@ def test_a_transaction_log_of_ours_reads_with_the_tables_of_the_page() -> None:
         moved_nodes=(Move("/a", "/b", N1, NodeKind.ARRAY),),
     )
     _, payload = unseal(encode_transaction_log(log), FileType.TRANSACTION_LOG)
-    read = Reader(payload).root("TransactionLog")
+    read = Reader(payload[:]).root("TransactionLog")
     assert (read["id"], read["updated_arrays"], read["updated_groups"], read["new_groups"]) == (A, [N1], [N2], [])
     assert read["updated_chunks"] == [{"node_id": N1, "chunks": [{"coords": [3, 4]}]}]
     assert read["moved_nodes"] == [{"from": "/a", "to": "/b", "node_id": N1, "node_type": 1}]
@@ -269,7 +269,7 @@ def test_a_repo_of_ours_reads_with_the_tables_of_the_page() -> None:
         extra=b"marker",
     )
     _, payload = unseal(encode_repo(info), FileType.REPO_INFO)
-    reader = Reader(payload)
+    reader = Reader(payload[:])
     read = reader.root("Repo")
     assert (read["spec_version"], read["repo_before_updates"], bytes(read["extra"])) == (2, "repo.y", b"marker")
     assert (read["enabled_feature_flags"], read["disabled_feature_flags"]) == ([3, 4], None)
@@ -310,7 +310,7 @@ def test_every_file_of_the_official_library_reads_with_the_tables_of_the_page(fo
         if data[:3] != b"ICE":
             continue
         _, payload = unseal(data, FileType(data[37]), what=key)
-        reader = Reader(payload)
+        reader = Reader(payload[:])
         read = reader.root(ROOTS[FileType(data[37])])
         met |= reader.met
         for name in ("nodes", "arrays", "branches", "tags", "snapshots", "updated_chunks", "manifest_files_v2"):

@@ -41,7 +41,7 @@ def encoded(refs: ChunkRefs, how: LocationCompression | None, spec_version: int 
 
 
 def payload(data: bytes) -> bytes:
-    return unseal(data, FileType.MANIFEST)[1]
+    return unseal(data, FileType.MANIFEST)[1][:]
 
 
 def test_compressed_locations_come_back_and_take_less_room() -> None:

@@ -325,7 +325,7 @@ def test_only_the_read_part_of_a_long_lineage_is_decoded_and_an_unreadable_one_i
     assert read_count(found) == 0
     assert read_later(graph, an_id(299)) == list(graph.lineage(an_id(299)))
     _, payload = unseal(encode_repo(RepoInfo(snapshots=records, status=STATUS)), FileType.REPO_INFO)
-    broken = payload.replace(b"one more", b"one m\xffre", 1)
+    broken = payload[:].replace(b"one more", b"one m\xffre", 1)
     graph = SnapshotGraph.of(decode_repo(seal(FileType.REPO_INFO, 2, broken)).snapshots)
     with raises(FormatError, "invalid-file-format", "UTF-8"):
         list(graph.lineage_rows(an_id(299)))

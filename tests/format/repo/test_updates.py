@@ -81,7 +81,7 @@ def test_a_damaged_update_fails_only_the_reads_of_that_update() -> None:
     info = RepoInfo(status=STATUS, updates=[commit(3), Update(change=GCRan(), updated_at_us=middle_us), commit(1)])
     version, payload = unseal(encode_repo(info), FileType.REPO_INFO)
     # After its time come the offset of the change, and its type: 13 is a collection, 99 is unknown.
-    at = payload.index(middle_us.to_bytes(8, "little")) + 8 + 4
+    at = payload[:].index(middle_us.to_bytes(8, "little")) + 8 + 4
     assert payload[at] == 13
     found = decode_repo(seal(FileType.REPO_INFO, version, payload[:at] + b"\x63" + payload[at + 1 :])).updates
     assert (found[0], found[2]) == (commit(3), commit(1))

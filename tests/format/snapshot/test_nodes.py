@@ -202,7 +202,7 @@ def broken(rng: Random, payload: bytes) -> bytes:
 @given(st.randoms(use_true_random=False), st.sampled_from((1, 2)))
 def test_corrupt_nodes_are_refused_or_read_right_and_never_copied(rng: Random, version: int) -> None:
     _, payload = unseal(encode_snapshot(snapshot_of(tree(6)), version), FileType.SNAPSHOT)
-    data = seal(FileType.SNAPSHOT, version, broken(rng, payload))
+    data = seal(FileType.SNAPSHOT, version, broken(rng, payload[:]))
     expected: Snapshot | None = None
     with suppress(FormatError):
         expected = decoded_at_once(data)

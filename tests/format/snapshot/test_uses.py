@@ -111,7 +111,7 @@ def test_equal_vtables_of_several_files_are_read_once_and_different_ones_give_th
             for i in range(90)
         ]
         snapshot = Snapshot(id=ObjectId(bytes([n]) * 12), flushed_at_us=1, message="", nodes={n.path: n for n in nodes})
-        files.append(unseal(encode_snapshot(snapshot, version), FileType.SNAPSHOT)[1])
+        files.append(unseal(encode_snapshot(snapshot, version), FileType.SNAPSHOT)[1][:])
 
     def nodes_of(payloads: Sequence[bytes]) -> TableColumns:
         [(_, buffer)] = joined(payloads, "snapshots")

@@ -344,7 +344,7 @@ def test_an_entry_is_not_void_because_a_file_is_damaged() -> None:
     """Whether its events apply is not known then, and two readers must not differ."""
     state = after(fresh(), commit(1, FIRST_SNAPSHOT))
     version, payload = unseal(encode_repo(to_repo_info(state)), FileType.REPO_INFO)
-    at = payload.index(b"m1")
+    at = payload[:].index(b"m1")
     damaged = from_repo_info(decode_repo(seal(FileType.REPO_INFO, version, payload[:at] + b"\xff" + payload[at + 1 :])))
     with pytest.raises(FormatError):
         try_apply_all(damaged, (commit(2, an_id(1)),), time_us=9000, since_us=None)
