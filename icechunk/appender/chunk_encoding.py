@@ -389,7 +389,7 @@ def encode(blocks: Iterable[Block]) -> Iterator[EncodedChunk]:
     together: list[EncodedChunk] = []
     size, last = 0, None
     for name, encoder, values, first in blocks:
-        if encoder._zstd is not last or size >= _TOGETHER_BYTES:
+        if encoder._zstd is not last:
             yield from _compressed(together, last)
             together, size, last = [], 0, encoder._zstd
         for coords, part in encoder._parts(values, first):

@@ -65,7 +65,7 @@ class WriteAhead:
 
     def cut(self) -> set[asyncio.Task[None]]:
         """A commit begins: it writes all batches but those whose writing these tasks end first."""
-        self._forget()
+        self._batches, self._bytes, self._enough_bytes = [], 0, _PORTION_BYTES
         return set(self._tasks)
 
     @property
@@ -81,9 +81,6 @@ class WriteAhead:
     def resume(self) -> None:
         """Rows were committed: what could not be written may succeed now."""
         self._has_failed = False
-
-    def _forget(self) -> None:
-        self._batches, self._bytes, self._enough_bytes = [], 0, _PORTION_BYTES
 
     def _begin(self, target: Target) -> None:
         """Write the batches between the first and the last place where chunks of all large arrays begin."""

@@ -49,11 +49,11 @@ __all__ = ["APPENDED", "Commit", "CommitFiles", "File", "How", "write_snapshot",
 
 _LOG: Final = logging.getLogger(__name__)
 _BYTES_PER_REF: Final = 64
+"""Bytes of an encoded reference, about, which decides whether a thread encodes."""
 _TOGETHER_FROM: Final = 1 << 17
 """References of a commit from which its manifests are encoded two at a time."""
 _TOGETHER_AT_MOST: Final = 1 << 18
 """References of a manifest that is encoded together with another one."""
-"""Bytes of an encoded reference, about, which decides whether a thread encodes."""
 _BYTES_PER_CHANGE: Final = 16
 """Bytes of a changed chunk in a transaction log, about."""
 _BYTES_PER_NODE: Final = 256

@@ -253,7 +253,7 @@ def encode_events(events: Sequence[e.Event]) -> EncodedEvents:
     encoded = [_encode_event(event) for event in events]
     try:
         json_codec.dumps(encoded)
-    except (TypeError, json_codec.JSONEncodeError) as error:
+    except json_codec.JSONEncodeError as error:
         raise InvalidInputError(f"cannot write the event as JSON: {error}", ErrorKind.SERIALIZATION) from error
     return encoded
 
