@@ -80,8 +80,8 @@ class Repacking:
     """Bytes of each new pack, about."""
     level: int
     """Level of zstd for metadata files."""
-    locations: LocationCompression
-    """Compression of locations of virtual references."""
+    locations: LocationCompression | None
+    """Compression of locations of virtual references, one by one; None: of the whole manifest only."""
 
 
 class Survey:

@@ -157,8 +157,8 @@ class Settings:
     """Layout of references in manifests."""
     commit_fetches: int
     """Manifests that a commit reads at a time, at the most."""
-    locations: LocationCompression
-    """Compression of locations of virtual references in them."""
+    locations: LocationCompression | None
+    """Compression of locations of virtual references in them, one by one; None: of the whole manifest only."""
     reads: Reads
     """Limits for joining and splitting reads into requests."""
 
@@ -444,15 +444,15 @@ def _resolve(config: RepositoryConfig, layout: Layout, storage: StorageSettings 
             config.manifest.max_concurrent_manifest_fetches_during_commit if config.manifest is not None else None,
             max_requests,
         ),
-        locations=_locations(config),
+        locations=_locations(config, alone=alone),
     )
 
 
-def _locations(config: RepositoryConfig) -> LocationCompression:
+def _locations(config: RepositoryConfig, *, alone: bool) -> LocationCompression | None:
     given = config.manifest.virtual_chunk_location_compression if config.manifest is not None else None
     default = LocationCompression()
     if given is None:
-        return default
+        return None if alone else default
     return LocationCompression(
         min_refs=_value(given.min_num_chunks, default.min_refs),
         samples=_value(given.dictionary_max_training_samples, default.samples),

@@ -391,3 +391,31 @@ async def test_each_location_stays_with_its_chunk_in_any_order(
         found.update(zip(map(tuple, coords.tolist()), places, strict=True))
     expected = {(i // 3, i % 3): place.replace("/./", "/") for i, place in enumerate(locations) if place}
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("spec_version", "configured", "compressed"), [(None, False, 0), (None, True, 1000), (2, False, 1000)]
+)
+async def test_locations_of_a_log_are_compressed_one_by_one_only_where_that_is_configured(
+    spec_version: int | None, configured: bool, compressed: int
+) -> None:
+    config = icechunk.RepositoryConfig.default()
+    if configured:
+        how = icechunk.ManifestVirtualChunkLocationCompressionConfig()
+        config.manifest = icechunk.ManifestConfig(virtual_chunk_location_compression=how)
+    storage = icechunk.in_memory_storage()
+    repo = await icechunk.Repository.create_async(storage, config, spec_version=spec_version)
+    session = await repo.writable_session_async("main")
+    await asyncio.to_thread(array, session.store, (1000,), (1,))
+    urls = [f"s3://bucket/a/folder/{number:05d}/measured-ü-{number * number}.nc" for number in range(1000)]
+    session.store.set_virtual_refs_arr(
+        "a", (1000,), urls, np.zeros(1000, np.uint64), np.ones(1000, np.uint64), validate_containers=False
+    )
+    snapshot = await session.commit_async("references")
+    (manifest,) = await repo.list_manifest_files_async(snapshot)
+    found = (await repo.inspect_manifest_async(manifest.id))["compression"]
+    assert found["uses_location_compression"] == bool(compressed)
+    assert found.get("num_compressed_refs", 0) == compressed
+    reopened = await icechunk.Repository.open_async(storage)
+    reader = await reopened.readonly_session_async("main")
+    assert sorted(await reader.all_virtual_chunk_locations_async()) == sorted(urls)

@@ -51,6 +51,7 @@ __all__ = [
     "Written",
     "all_utf8",
     "id_struct",
+    "joined_utf8",
     "required",
     "u8",
     "u64",
@@ -353,6 +354,15 @@ def all_utf8(texts: Sequence[str]) -> list[bytes]:
         raw = []
     # Otherwise some text holds the separator, or there is none, or one is refused by name.
     return raw if len(raw) == len(texts) else [utf8(text) for text in texts]
+
+
+def joined_utf8(texts: Sequence[str]) -> tuple[bytes, npt.NDArray[np.int64]]:
+    """The bytes of all texts, concatenated, and the number of bytes of each; errors as `utf8`."""
+    whole = "".join(texts)
+    if whole.isascii():
+        return whole.encode(), np.fromiter(map(len, texts), np.int64, len(texts))
+    parts = all_utf8(texts)
+    return b"".join(parts), np.fromiter(map(len, parts), np.int64, len(parts))
 
 
 def u8(value: int) -> Scalar:

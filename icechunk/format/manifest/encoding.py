@@ -28,8 +28,8 @@ from icechunk.format.flat.flatbuffers import (
     Written,
     all_utf8,
     id_struct,
+    joined_utf8,
     u8,
-    utf8,
 )
 from icechunk.format.flat.vectors import Positions, copy_spans, first_rows, is_ascending, lexicographic_order
 from icechunk.format.ids import encode_id
@@ -43,39 +43,54 @@ __all__ = ["encode_manifest", "fill_inline", "frames", "inline_places", "max_ref
 _U32: Final = struct.Struct("<I")
 
 
-def strings(texts: Sequence[str], used: npt.NDArray[Any], start: int) -> tuple[bytes, Positions]:
+def strings(texts: Sequence[str], used: npt.NDArray[Any], start: int) -> tuple[bytes | bytearray, Positions]:
     """The bytes of the strings that are used, to be written at ``start`` and padded to 4 bytes, and the position of
     each text."""
-    at = np.zeros(len(texts), np.int64)
-    mask = np.zeros(len(texts), np.bool_)
-    mask[used] = True
-    parts: list[bytes] = []
-    position = start
-    for i in np.flatnonzero(mask).tolist():
-        data = utf8(texts[i])
-        padding = 4 - len(data) % 4  # at least one byte, the NUL
-        at[i] = position
-        parts += (_U32.pack(len(data)), data, b"\0\0\0\0"[:padding])
-        position += 4 + len(data) + padding
-    return b"".join(parts), at
+    rows, chosen = _used(texts, used)
+    data, sizes = joined_utf8(chosen)
+    # A string ends with a NUL, which its length does not count.
+    return _vectors(len(texts), rows, start, data, sizes, end_bytes=1)
 
 
 def frames(
     texts: Sequence[str], used: npt.NDArray[Any], start: int, dictionary: LocationDictionary
-) -> tuple[bytes, Positions]:
+) -> tuple[bytes | bytearray, Positions]:
     """As `strings`, with each text as a vector of bytes that is a zstd frame."""
+    rows, chosen = _used(texts, used)
+    data, sizes = dictionary.frames(all_utf8(chosen))
+    return _vectors(len(texts), rows, start, data, sizes)
+
+
+def _used(texts: Sequence[str], used: npt.NDArray[Any]) -> tuple[npt.NDArray[np.intp], Sequence[str]]:
+    """Numbers of the texts that are used, ascending, and these texts."""
     mask = np.zeros(len(texts), np.bool_)
     mask[used] = True
     rows = np.flatnonzero(mask)
-    data, sizes = dictionary.frames(all_utf8(texts if len(rows) == len(texts) else [texts[i] for i in rows.tolist()]))
-    ends = np.cumsum(4 + sizes + -sizes % 4)
-    places = ends - (4 + sizes + -sizes % 4)
-    at = np.zeros(len(texts), np.int64)
+    return rows, texts if len(rows) == len(texts) else [texts[i] for i in rows.tolist()]
+
+
+def _vectors(
+    count: int,
+    rows: npt.NDArray[np.intp],
+    start: int,
+    data: bytes,
+    sizes: npt.NDArray[np.int64],
+    *,
+    end_bytes: int = 0,
+) -> tuple[bytes | bytearray, Positions]:
+    """Vectors of bytes, whose contents are consecutive in ``data``, to be written at ``start``, with at least
+    ``end_bytes`` zeros after each; and the positions of ``count`` items, of which those in ``rows`` have a vector."""
+    at = np.zeros(count, np.int64)
+    if not len(rows):
+        return b"", at
+    filled = 4 + sizes + end_bytes
+    filled += -filled % 4
+    ends = np.cumsum(filled)
+    places = ends - filled
     at[rows] = start + places
-    out = bytearray(int(ends[-1]) if len(ends) else 0)
-    if len(places):
-        _fill_vectors(out, places, data, np.cumsum(sizes) - sizes, sizes)
-    return bytes(out), at
+    out = bytearray(int(ends[-1]))
+    _fill_vectors(out, places, data, np.cumsum(sizes) - sizes, sizes)
+    return out, at
 
 
 def inline_places(refs: ChunkRefs, start: int) -> tuple[Positions, int]:

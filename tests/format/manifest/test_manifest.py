@@ -140,6 +140,24 @@ def test_a_row_of_no_known_kind_is_refused() -> None:
         encode_manifest(one_array(refs))
 
 
+TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), max_size=9)
+
+
+@given(TEXTS, st.data())
+def test_many_strings_have_the_bytes_of_one_after_the_other(texts: list[str], data: st.DataObject) -> None:
+    used = data.draw(st.lists(st.integers(0, len(texts) - 1))) if texts else []
+    start = 4 * data.draw(st.integers(0, 9))
+    written, at = encoding.strings(texts, np.array(used, np.int64), start)
+    expected, places = b"", {}
+    for i in sorted(set(used)):
+        raw = texts[i].encode()
+        places[i] = start + len(expected)
+        expected += struct.pack("<I", len(raw)) + raw + b"\0"
+        expected += bytes(-len(expected) % 4)
+    assert written == expected
+    assert {i: int(at[i]) for i in places} == places
+
+
 def test_equal_locations_of_many_rows_are_stored_once() -> None:
     n = 100_000
     refs = replace(
