@@ -244,6 +244,10 @@ class Target:
         meta = replace(variable.meta, shape=variable.shape)
         return AsyncArray(meta, StorePath(session.store, self.path(variable.name)))
 
+    async def _set(self, session: Session, variable: Variable, where: Any, values: Values) -> None:
+        # Before numcodecs 0.17 texts are stored in the order in which they are in memory.
+        await self._array(session, variable).setitem(where, np.asarray(values, order="C"))
+
     # -- checking --------------------------------------------------------------------------------------------------
 
     def unlike(self, other: Target) -> str | None:
@@ -534,7 +538,7 @@ class Target:
         for variable in self.variables.values():
             if variable.axis is None:
                 await _put_document(session.store, self.path(variable.name), variable)
-                await self._array(session, variable).setitem(Ellipsis, np.asarray(variable.values))
+                await self._set(session, variable, Ellipsis, np.asarray(variable.values))
 
     async def _put_bands(self, session: Session, writes: Sequence[tuple[Variable, list[list[Values]], int]]) -> None:
         """Write rows from the beginning of a chunk up to the end of another or of the array: nothing is read back.
@@ -552,7 +556,7 @@ class Target:
                 block = np.concatenate([part for band in bands for part in band])
                 where: list[slice] = [slice(None)] * len(variable.shape)
                 where[variable.axis or 0] = slice(start, start + len(block))
-                await self._array(session, variable).setitem(tuple(where), np.moveaxis(block, 0, variable.axis or 0))
+                await self._set(session, variable, tuple(where), np.moveaxis(block, 0, variable.axis or 0))
                 continue
             first = start // variable.chunk_rows
             path = "/" + self.path(variable.name)
@@ -608,7 +612,7 @@ class Target:
                 where = [slice(None)] * len(variable.meta.shape)
                 where[variable.axis or 0] = slice(position, position + 1)
                 row = np.moveaxis(values[variable.name][None], 0, variable.axis or 0)
-                await self._array(session, variable).setitem(tuple(where), row)
+                await self._set(session, variable, tuple(where), row)
         return after
 
     async def drop_first(self, session: Session, rows: int) -> Target:

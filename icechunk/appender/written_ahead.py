@@ -121,7 +121,8 @@ class WriteAhead:
             first=first_row,
             rows=rows,
             variables=variables,
-            chunks=ahead.chunks,
+            # An array with a dimension of length 0 has no chunks.
+            chunks={name: ahead.chunks.get(name, []) for name in variables},
             since_us=ahead.since_us,
             batches=batches,
         )

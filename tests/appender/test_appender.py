@@ -64,6 +64,22 @@ async def test_rows_are_committed_and_the_next_appender_starts_at_their_position
     assert newest.metadata["aioicechunk_append"]["sources"]["s"]["offset"] == 7
 
 
+async def test_texts_grow_along_any_dimension() -> None:
+    repo = await new_repo()
+    session = await repo.writable_session_async("main")
+    await zarr.api.asynchronous.create_array(
+        store=session.store, name="v", shape=(3, 0), chunks=(3, 4), dtype=str, dimension_names=("x", "time")
+    )
+    await session.commit_async("arrays")
+    texts = np.array([[f"{x} {step}" for step in range(12)] for x in range(3)], np.dtypes.StringDType())
+    async with repo.appender("main", dim="time", source="s") as appender:
+        await appender.put({"v": texts[:, :4]}, durable=True)
+        await appender.put({"v": texts[:, 4:]})
+    reader = await repo.readonly_session_async("main")
+    array = await zarr.api.asynchronous.open_array(store=reader.store, path="v")
+    np.testing.assert_array_equal(np.asarray(await array.getitem(slice(None))), texts)
+
+
 async def test_partial_chunks_are_not_read_back() -> None:
     repo = await new_repo()
     session = await repo.writable_session_async("main")

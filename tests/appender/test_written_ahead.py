@@ -240,3 +240,24 @@ async def test_values_may_change_once_put_has_returned(tmp_path: Path) -> None:
             await appender.put(data, offset=n)
             data["v0"][...] = -1
     await require_rows(repo, range(3 * ENOUGH))
+
+
+async def test_arrays_without_chunks_grow_with_rows_that_are_written(tmp_path: Path) -> None:
+    repo = await new_repo(tmp_path)
+    session = await repo.writable_session_async("main")
+    await azarr.create_array(
+        store=session.store,
+        name="none",
+        shape=(0, SIDE, 0),
+        chunks=(1, SIDE, 64),
+        dtype="f4",
+        dimension_names=("time", "y", "z"),
+    )
+    await session.commit_async("an array of which a dimension has length 0")
+    async with repo.appender("main", dim="time", source="s", every=3600, max_bytes=2**30) as appender:
+        for n in range(ENOUGH):
+            await appender.put(rows(n) | {"none": np.empty((1, SIDE, 0), "f4")}, offset=n)
+        assert await wait_until_written(appender) >= 8
+    await require_rows(repo, range(ENOUGH))
+    session = await repo.readonly_session_async("main")
+    assert (await azarr.open_array(store=session.store, path="none")).shape == (ENOUGH, SIDE, 0)
