@@ -405,9 +405,7 @@ class ManifestConfig(Setting):
     splitting: ManifestSplittingConfig | None = None
     """Splitting of arrays into manifests. None: the engine chooses (where the repository is shared with the official
     library, one manifest per array)."""
-    virtual_chunk_location_compression: ManifestVirtualChunkLocationCompressionConfig | None = unset(
-        ManifestVirtualChunkLocationCompressionConfig()
-    )
+    virtual_chunk_location_compression: ManifestVirtualChunkLocationCompressionConfig | None = None
     """Compression of each location by itself. None: as the defaults of its fields say where the repository is shared
     with the official library; elsewhere locations are compressed with the rest of the manifest, which takes half the
     time to write and to read."""
