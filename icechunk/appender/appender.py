@@ -36,6 +36,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import encode_id
+from icechunk.log.repository.port import Layout
 from icechunk.ops import Update
 from icechunk.runtime.checks import WrongTypeError, require_text
 from icechunk.session import Session
@@ -562,14 +563,17 @@ class Appender:
             values = {name: v[late:] for name, v in batch.values.items()} if late else batch.values
             new.append(Batch(rows=batch.rows - late, values=values, offset=batch.offset))
         after = await target.replace_rows(session, replaced)
-        self._labels = None
         return new, after
 
     async def _known_labels(self, target: Target) -> _Labels:
         """Stored and buffered labels; without a key the last of them alone."""
-        if self._labels is None:
-            session = self._require_session()
+        while self._labels is None:
+            session, tip = self._require_session(), self._target
             stored = await target.labels(session, last_only=self._key is None) if target.created else None
+            if self._target is not tip:
+                # A commit has landed meanwhile, and its rows are no longer buffered.
+                target = self._require_target()
+                continue
             variable = target.variables.get(self._dim)
             dtype = "i8" if variable is None else variable.dtype
             stored = np.empty(0, dtype) if stored is None else stored
@@ -666,7 +670,12 @@ class Appender:
                     break
                 after = await target.write(session, new)
                 after = await self._within(session, after)
-                made = await self._try_commit(session, self._record(offset, rows))
+                try:
+                    made = await self._try_commit(session, self._record(offset, rows))
+                except SessionStateError:
+                    if self._error is not None or not await self._was_collected(session, batches):
+                        raise
+                    continue
                 if made is not None:
                     break
                 self._counts.placed_again += 1
@@ -675,6 +684,9 @@ class Appender:
             self._buffered.popleft()
             self._rows -= batch.rows
             self._bytes -= batch.num_bytes
+        if len(new) < len(batches):
+            # Those of refused rows are not stored.
+            self._labels = None
         self._oldest_s = time.monotonic() if self._buffered else None
         self._counts.rows += rows
         if made is not None:
@@ -689,16 +701,18 @@ class Appender:
         written = {id(b.written): b.written for b in batches if b.written is not None}
         if not written:
             return
-        collected_us = (await session._content.core.log()).state.gc_cutoff_us
+        log = await session._content.core.log()
         unfit = {id(one) for one in target.unfit(batches)}
         for number, one in written.items():
-            old = one.since_us < collected_us
-            if not (old or number in unfit or (self._overtaken and self._key is not None)):
-                continue
+            is_old = one.since_us < log.state.gc_cutoff_us
             try:
-                await target.read_back(session, one)
+                if is_old or number in unfit or (self._overtaken and self._key is not None):
+                    await target.read_back(session, one)
+                elif log.layout is not Layout.LOG:
+                    # Collections of format 1, and those of the official library, leave no trace.
+                    await one.require_stored(session)
             except StorageError as error:
-                if not old:
+                if not is_old and error.kind != ErrorKind.OBJECT_NOT_FOUND:
                     raise
                 self._error = SessionStateError(
                     f"the appender of source {self._source!r} has ended: a collection has deleted rows that it had "
@@ -707,6 +721,11 @@ class Appender:
                     "commits"
                 )
                 raise self._error from error
+
+    async def _was_collected(self, session: Session, batches: list[Batch]) -> bool:
+        """Whether rows are written that a collection may have deleted since this commit began."""
+        collected_us = (await session._content.core.log()).state.gc_cutoff_us
+        return any(b.written is not None and b.written.since_us < collected_us for b in batches)
 
     async def _within(self, session: Session, target: Target) -> Target:
         """Leave out the oldest rows, chunk by chunk, where only so many are kept."""

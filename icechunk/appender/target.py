@@ -41,6 +41,7 @@ from icechunk.appender.chunk_encoding import (
 )
 from icechunk.appender.row_memory import RowMemory
 from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.format.keys import chunk_key
 from icechunk.runtime import json_codec
 from icechunk.runtime.tasks import run_each
 from icechunk.session import Session
@@ -163,6 +164,12 @@ class WrittenRows:
     """Store time, µs, not later than their upload."""
     batches: Sequence[Batch]
     """All that have these rows."""
+
+    async def require_stored(self, session: Session) -> None:
+        """Raise `ObjectNotFoundError` where a chunk's object is not there any more."""
+        storage = session._content.core.storage
+        places = [place for chunks in self.chunks.values() for _, place in chunks if isinstance(place, tuple)]
+        await run_each(storage.head, {chunk_key(id) for id, _, _ in places}, limit=_AT_ONCE)
 
     def moved(self, name: str, rows: int) -> list[WrittenChunk]:
         """The chunks of an array, where the rows begin so many rows later."""

@@ -10,6 +10,7 @@ import pytest
 import zarr.api.asynchronous as azarr
 
 import icechunk
+from icechunk.appender.target import Target
 from icechunk.errors import StorageError
 from icechunk.session import Session
 from tests.appender.test_appender import chunked, new_repo, plain, values
@@ -93,3 +94,43 @@ async def test_a_replacement_that_fails_leaves_nothing_behind_for_the_next_commi
                 await appender.put(replacing(1, 99), offset=1)
         await appender.put(plain(3, 2), offset=2, durable=True)
     assert await first_values(repo) == [0, 1, 2, 3, 4]
+
+
+async def test_labels_that_are_read_while_a_commit_ends_have_those_of_the_commit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    async with (
+        repo.appender("main", **KEYED | {"on_duplicate": "skip"}) as appender,
+        repo.appender("main", **KEYED | {"source": "other"}) as other,
+    ):
+        await appender.put(plain(0, 1), durable=True)
+        await other.put(plain(4, 1), durable=True)
+        await appender.put(plain(8, 1))
+        wrote, began_to_read, committed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        write, labels = Target.write, Target.labels
+        putting: asyncio.Task[Any] | None = None
+
+        async def slow_write(target: Target, *args: Any) -> Target:
+            wrote.set()
+            await began_to_read.wait()
+            return await write(target, *args)
+
+        async def slow_labels(target: Target, *args: Any, **options: Any) -> Any:
+            found = await labels(target, *args, **options)
+            if asyncio.current_task() is putting and not committed.is_set():
+                began_to_read.set()
+                await committed.wait()
+            return found
+
+        monkeypatch.setattr(Target, "write", slow_write)
+        monkeypatch.setattr(Target, "labels", slow_labels)
+        flushing = asyncio.create_task(appender.flush())
+        await wrote.wait()
+        putting = asyncio.create_task(appender.put(plain(12, 1)))
+        await flushing
+        committed.set()
+        assert await putting == "buffered"
+        assert await appender.put(plain(8, 1)) == "skipped"
+    assert await values(repo) == [0, 4, 8, 12]

@@ -261,3 +261,40 @@ async def test_arrays_without_chunks_grow_with_rows_that_are_written(tmp_path: P
     await require_rows(repo, range(ENOUGH))
     session = await repo.readonly_session_async("main")
     assert (await azarr.open_array(store=session.store, path="none")).shape == (ENOUGH, SIDE, 0)
+
+
+@pytest.mark.parametrize("spec_version", [1, 2])
+@pytest.mark.parametrize("overtaken", [False, True])
+async def test_written_rows_that_another_program_has_deleted_end_the_appender(
+    tmp_path: Path, spec_version: int, overtaken: bool
+) -> None:
+    repo = await new_repo(tmp_path, (2,), spec_version)
+    async with repo.appender("main", dim="time", source="s", every=3600, max_bytes=2**30) as appender:
+        await appender.put(rows(0, 2), offset=1, durable=True)
+        committed = set((tmp_path / "chunks").iterdir())
+        await put(appender, 2, ENOUGH)
+        assert await wait_until_written(appender) >= 8
+        for chunk in set((tmp_path / "chunks").iterdir()) - committed:
+            chunk.unlink()
+        if overtaken:
+            async with repo.appender("main", dim="time", source="other") as other:
+                await other.put(rows(99), durable=True)
+        for _ in range(2):
+            with pytest.raises(SessionStateError):
+                await appender.flush()
+    await require_rows(repo, [0, 1, 99] if overtaken else [0, 1])
+
+
+async def test_a_collection_by_another_client_ends_the_appender_at_once(tmp_path: Path) -> None:
+    repo = await new_repo(tmp_path)
+    other = await icechunk.Repository.open_async(icechunk.local_filesystem_storage(str(tmp_path)))
+    async with repo.appender("main", dim="time", source="s", every=3600, max_bytes=2**30) as appender:
+        await appender.put(rows(0), offset=0, durable=True)
+        await put(appender, 1, ENOUGH)
+        assert await wait_until_written(appender) >= 8
+        await other.garbage_collect_async(dt.datetime.now(dt.UTC) + dt.timedelta(seconds=1))
+        with pytest.raises(SessionStateError) as caught:
+            await appender.flush()
+        assert caught.value.kind != ErrorKind.COMMIT_NOT_ALLOWED
+    await require_rows(repo, [0])
+    await other.aclose()
