@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from icechunk.errors import ConflictError, ErrorKind, SessionStateError
 from icechunk.runtime.checks import boolean, instance_of, text
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import Described, IntLikeEnum
 
 __all__ = [

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final, TypeAlias, final
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.checks import aware, boolean, instance_of, optional, text, unsigned
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import Described, IntLikeEnum, Represented, VariantMeta
 
 __all__ = [

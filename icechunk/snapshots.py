@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import Described
 
 __all__ = ["AncestryGraph", "Changes", "Diff", "ManifestFileInfo", "SnapshotInfo"]  # noqa: F822 - see `__getattr__`

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from icechunk.config.containers import VirtualChunkContainer
 from icechunk.runtime.checks import aware, optional, text, unsigned
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import IntLikeEnum, Represented, redacted_url
 
 __all__ = ["ChunkType", "VirtualChunkContainer", "VirtualChunkSpec"]

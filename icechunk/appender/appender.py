@@ -16,7 +16,6 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -39,6 +38,7 @@ from icechunk.format.ids import encode_id
 from icechunk.log.repository.port import Layout
 from icechunk.ops import Update
 from icechunk.runtime.checks import WrongTypeError, require_text
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.session import Session
 from icechunk.snapshots import SnapshotInfo
 

@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -43,6 +43,7 @@ from icechunk.appender.row_memory import RowMemory
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.keys import chunk_key
 from icechunk.runtime import json_codec
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_each
 from icechunk.session import Session
 from icechunk.session.ahead import WrittenChunk

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from typing import Any
 
 from icechunk.cli import dataset
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["Report", "Version", "as_json", "as_text"]
 

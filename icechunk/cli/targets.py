@@ -10,13 +10,13 @@ import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import icechunk
 from icechunk.cli.terminal import CommandError
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["Target", "open_target"]
 

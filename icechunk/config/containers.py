@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
 from icechunk.config.storage import AnyObjectStoreConfig, ObjectStoreConfig
 from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import Setting, redacted_url
 
 __all__ = ["VirtualChunkContainer"]

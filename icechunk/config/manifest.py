@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY
 from typing import Annotated, Any, Final, TypeAlias
 
 from icechunk.errors import ErrorKind
 from icechunk.format.manifest.location_compression import LocationCompression
 from icechunk.runtime.checks import U16, U32, U64, WrongTypeError, instance_of, unsigned, whole
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import Setting, TupleVariant, VariantMeta, snake_case, unset
 
 __all__ = [

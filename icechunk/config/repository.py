@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, field
 from enum import EnumMeta
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
@@ -20,6 +20,7 @@ from icechunk.config.storage import (
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.envelope import DEFAULT_LEVEL
 from icechunk.runtime.checks import U8, U16, U32, U64, instance_of, text, unsigned, whole
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import IntLikeEnum, Setting, redacted_url, unset
 
 __all__ = [

@@ -14,7 +14,6 @@ import functools
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -24,6 +23,7 @@ from icechunk.config.containers import VirtualChunkContainer
 from icechunk.config.repository import NEVER_STORED, RepositoryConfig
 from icechunk.config.storage import AnyObjectStoreConfig, ObjectStoreConfig, S3Options, StorageSettings
 from icechunk.errors import ErrorKind, FormatError
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import Setting, TupleVariant, snake_case
 
 __all__ = ["Tag", "config_from_dict", "config_to_dict", "config_tree"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, TypeAlias
 
 from icechunk.runtime.checks import U32, U64, text, unsigned
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import (
     IntLikeEnum,
     Represented,

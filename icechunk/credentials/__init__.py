@@ -8,7 +8,6 @@ credentials, and signatures (`storage.refreshed_credentials`, `storage.s3`, `sto
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final, TypeAlias, cast
 
 from icechunk.credentials.azure import (
@@ -49,6 +48,7 @@ from icechunk.credentials.s3 import (
 )
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.checks import instance_of
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import VariantMeta
 
 __all__ = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from icechunk.credentials.credential import (
@@ -14,6 +13,7 @@ from icechunk.credentials.credential import (
     refreshable,
 )
 from icechunk.runtime.checks import Aware, instance_of
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import VariantMeta, hidden
 
 __all__ = [

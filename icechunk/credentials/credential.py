@@ -5,11 +5,11 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.checks import instance_of
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import TupleVariant, hidden
 
 __all__ = [

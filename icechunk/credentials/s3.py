@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from typing import Any, TypeAlias
 
@@ -14,6 +14,7 @@ from icechunk.credentials.credential import (
     refreshable,
 )
 from icechunk.runtime.checks import Aware, instance_of
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import Setting, VariantMeta
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 
-@dataclass(slots=True, repr=False, eq=True, unsafe_hash=False)
+@dataclass(slots=True, repr=False)
 class S3StaticCredentials(Setting):
     """An access key."""
 

@@ -8,13 +8,13 @@ at once; the rows of one array are sliced out when they are requested.
 from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.ids import NodeId
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["ByNode", "Coords", "Part", "by_rank", "coords_by_node", "grouped_coords", "num_rows", "owners"]
 

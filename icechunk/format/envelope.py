@@ -6,13 +6,13 @@ import contextlib
 import hashlib
 import mmap
 import sys
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, NamedTuple
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.flat.flatbuffers import Payload
 from icechunk.runtime.about import CLIENT_NAME
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.zstd import zstd
 
 __all__ = [

@@ -7,7 +7,7 @@ convention: shared arrays are marked read-only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from icechunk.format.by_node import ByNode
 from icechunk.format.ids import NodeId, ObjectId
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "INLINE",

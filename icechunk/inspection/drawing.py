@@ -13,12 +13,12 @@ from __future__ import annotations
 import heapq
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Final, final
 
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.repo.repo_info import SnapshotRecord
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["TAG", "AncestryGraph", "Drawing", "Row", "colour", "draw_svg", "draw_text", "lay_out", "rgb"]
 

@@ -12,7 +12,6 @@ snapshot, so an expiration that was interrupted is finished by the next one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from icechunk.format.ids import ObjectId
 from icechunk.log.repository.events import BranchDeleted, Event, ExpirationRan, TagDeleted
@@ -23,6 +22,7 @@ from icechunk.log.repository.store_check import require_writable
 from icechunk.maintenance.leases import read_leases
 from icechunk.maintenance.ref_history import Link, Links
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import Storage
 

@@ -14,7 +14,6 @@ that segment is taken already, the session goes on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -24,6 +23,7 @@ from icechunk.format.keys import snapshot_key
 from icechunk.log.repository.state import RepoState
 from icechunk.log.session.segment import SegmentHead, SegmentKind, Slot, encode_segment
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_jobs
 from icechunk.storage.port import Storage
 from icechunk.transfer.segments import Listed, add_segment, list_sessions, read_head, remove_segments

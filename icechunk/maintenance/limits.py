@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.runtime.checks import require_type
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["Limits"]
 

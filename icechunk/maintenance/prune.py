@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Final
 
 from icechunk.errors import PreconditionFailedError, StorageError
@@ -34,6 +33,7 @@ from icechunk.log.repository.objects import read_repo, read_slot
 from icechunk.log.repository.port import Layout, RepositoryLog
 from icechunk.log.repository.store_check import require_writable
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.port import Absent, Storage
 
 __all__ = ["prune_log"]

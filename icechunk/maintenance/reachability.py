@@ -15,7 +15,7 @@ import struct
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -36,6 +36,7 @@ from icechunk.format.snapshot.uses import SnapshotUses, manifest_uses
 from icechunk.format.values import ChunkRefs, Manifest, ManifestFile, Snapshot
 from icechunk.log.repository.port import RepositoryLog
 from icechunk.maintenance.limits import Limits
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import Storage
 from icechunk.transfer.assets import off_loop

@@ -6,7 +6,7 @@ Each change is one conditional write, and leaves a repository whose refs all lea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from icechunk.errors import (
@@ -24,6 +24,7 @@ from icechunk.log.repository.conditional import replace_object
 from icechunk.log.repository.events import BranchReset
 from icechunk.log.repository.ref_files.layout import RefFilesLayout
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import Storage, Version
 

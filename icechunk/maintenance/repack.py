@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Final
 
 import numpy as np
@@ -52,6 +52,7 @@ from icechunk.maintenance.ref_history import replace_in_refs
 from icechunk.maintenance.repack_plan import Candidate, Moves, Piece, choose, rewritten
 from icechunk.maintenance.sweep import Listed, Sweep, Swept
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import Range, Storage
 from icechunk.transfer.assets import off_loop

@@ -8,7 +8,7 @@ the living ranges of packs go, and `rewritten` makes the new manifest, with livi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import compress
 from typing import Any, Final, NamedTuple
 
@@ -22,6 +22,7 @@ from icechunk.format.manifest.refs_by_node import grouped_refs, refs_by_node
 from icechunk.format.values import ID12, NATIVE, ChunkRefs, Manifest
 from icechunk.log.session.columns import trimmed
 from icechunk.maintenance.byte_ranges import CHUNK_ID_BYTES, names_of, reached_before, spans_of, starts_of_objects
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["MAX_STORED", "Candidate", "Moves", "Pack", "Piece", "choose", "rewritten"]
 

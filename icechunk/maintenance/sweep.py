@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final, Protocol
 
 from icechunk.errors import AccessDeniedError, ErrorKind, IcechunkError, InvalidInputError, StorageError
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.maintenance.limits import Limits
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import ObjectInfo, Storage
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, TypeAlias
@@ -25,6 +24,7 @@ from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot, Transaction
 from icechunk.log.session.extents import volume
 from icechunk.log.session.merge.diff import net_diff
 from icechunk.repository.base import RepositoryBase, select
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import Described
 from icechunk.runtime.twins import synchronous
 from icechunk.session import Session

@@ -17,7 +17,7 @@ import binascii
 import hashlib
 import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, ClassVar, Final
@@ -32,6 +32,7 @@ from icechunk.repository.views import snapshot_info, update
 from icechunk.runtime import json_codec
 from icechunk.runtime.checks import require_type
 from icechunk.runtime.clock import moment
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import Described
 from icechunk.runtime.twins import iterate_sync
 from icechunk.snapshots import SnapshotInfo

@@ -12,11 +12,11 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from icechunk.format.ids import NodeId, ObjectId
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["SYSTEM", "Sources", "moment", "us_of"]
 

@@ -27,10 +27,11 @@ import re
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final, TextIO
 
 from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["initialize_logs", "parse_filter", "set_logs_filter", "shutdown_telemetry"]
 

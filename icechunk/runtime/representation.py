@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit, urlunsplit
 
 from icechunk.runtime.checks import checks_of
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "Described",
@@ -59,7 +60,7 @@ def hidden(kind: str = "") -> Any:
     return _Verbatim(f"<{kind}>" if kind else _MASK)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Verbatim:
     text: str
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import chunk_key
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import in_thread
 from icechunk.session.core import Core
 from icechunk.storage.buffers import Buffers

@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import Enum
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -38,6 +38,7 @@ from icechunk.log.session.plan.compaction import Placed, Plan, new_manifests, ne
 from icechunk.log.session.plan.manifest_rows import require_fit
 from icechunk.log.session.plan.reuse import Earlier, Remembered
 from icechunk.runtime.checks import json_metadata, require_text
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_all, run_each, run_stream
 from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core

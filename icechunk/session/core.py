@@ -7,7 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
@@ -52,6 +52,7 @@ from icechunk.log.session.merge.conflict_rules import Landed
 from icechunk.log.session.plan.compaction import Policy
 from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.loops import PerLoop
 from icechunk.runtime.pickles import call_of
 from icechunk.storage.port import Put, Storage

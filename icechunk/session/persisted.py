@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 from icechunk.errors import ErrorKind, SessionEndedError
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.log.session.events import Event
 from icechunk.log.session.segment import SegmentHead, SegmentKind, Slot, events_of
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["Persisted", "Turn", "Written", "ended_error"]
 

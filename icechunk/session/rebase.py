@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -23,6 +23,7 @@ from icechunk.log.session.columns import CoordIndex
 from icechunk.log.session.log import Savepoint, SessionLog
 from icechunk.log.session.merge.conflict_rules import Landed, Winner, find_conflicts, rebase
 from icechunk.log.session.merge.diff import changes_since
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_each
 from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from icechunk.config import RepositoryConfig, S3Options, config_from_dict
 from icechunk.config.serialise import Tag, config_tree
 from icechunk.errors import ErrorKind, IcechunkError, InvalidInputError
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.constructors import (
     azure_storage,
     gcs_storage,

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, TypeAlias
 
 from icechunk.config import S3Options
 from icechunk.errors import ErrorKind, StorageError
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "AzureKind",

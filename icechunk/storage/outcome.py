@@ -32,7 +32,6 @@ store, with pauses that grow. It is recognised by what its object contains. `cer
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, Protocol, TypeVar
 
@@ -46,6 +45,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.port import Absent, Matches, Precondition, PutResult, Storage, Unchecked, Version
 
 __all__ = [

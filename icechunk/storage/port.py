@@ -18,7 +18,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, NamedTuple, NewType, Protocol, TypeAlias
 
@@ -33,6 +32,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.runtime.clock import moment
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import Described, fields_html
 from icechunk.runtime.tasks import run_each
 from icechunk.runtime.twins import run_sync

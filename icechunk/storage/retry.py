@@ -13,7 +13,7 @@ import asyncio
 import math
 import threading
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from icechunk.config import StorageRetriesSettings, StorageSettings, StorageTimeoutSettings
@@ -24,6 +24,7 @@ from icechunk.config.storage import (
     DEFAULT_MAX_TRIES,
 )
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.port import Sender
 
 __all__ = [

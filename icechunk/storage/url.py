@@ -27,13 +27,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, NoReturn, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import object_id_from_text
 from icechunk.runtime.checks import require_type
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import redacted_url
 from icechunk.storage.aliases import Aliases, aliases_path
 from icechunk.storage.constructors import (

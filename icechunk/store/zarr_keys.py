@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
 from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "ChunkKey",

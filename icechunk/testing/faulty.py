@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
 from icechunk.errors import ErrorKind, ObjectNotFoundError, PreconditionFailedError, StorageError
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.port import (
     ANY,
     ByteRange,

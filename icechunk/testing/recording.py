@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.port import (
     ANY,
     ByteRange,

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 from functools import partial
 from typing import Final, TypeAlias, TypeVar
@@ -39,6 +39,7 @@ from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.format.transaction import decode_transaction_log, decode_transaction_logs
 from icechunk.format.values import ChunkRef, ChunkRefs, Manifest, ManifestRef, NodeSnapshot, Snapshot, TransactionLog
 from icechunk.log.session.columns import RefTable, find_row
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.loops import PerLoop
 from icechunk.runtime.tasks import in_thread, run_each
 from icechunk.storage.port import Octets, Storage

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.values import ChunkRefs
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.port import GetResult, Octets, Range
 from icechunk.transfer.fetch import FetchPool
 from icechunk.transfer.flights import Flight, Reader

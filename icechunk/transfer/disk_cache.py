@@ -26,13 +26,13 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import BinaryIO, Final, TypeAlias
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, read_header
 from icechunk.format.ids import FIRST_SNAPSHOT, encode_id
 from icechunk.format.keys import CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.port import ByteRange, Octets, Range
 
 __all__ = ["CachedBytes", "DiskCache", "ObjectsOnDisk"]

@@ -15,11 +15,11 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol, TypeVar
 
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.patience import SLOW_LINE_BYTES_PER_S, Recent, Watch, watching
 from icechunk.storage.port import ByteRange, GetResult, Octets, Range, Version

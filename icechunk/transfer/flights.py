@@ -19,10 +19,11 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.patience import Watch, watching
 from icechunk.storage.retry import note_repeats
 

@@ -13,13 +13,14 @@ An object that is repeatedly read at random is read in larger blocks (`Track`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final, NamedTuple
 
 import numpy as np
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.values import NATIVE, ChunkRefs
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["ROWS", "Growth", "Limits", "Track", "Walk", "Walks", "merge", "upcoming"]
 

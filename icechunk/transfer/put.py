@@ -27,11 +27,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any, Protocol
 
 from icechunk.errors import AccessDeniedError, StorageError
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.twins import blocked_loop
 from icechunk.storage.port import Put, Storage
 from icechunk.transfer.limiter import WRITE, Gates

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from icechunk.errors import FormatError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import ObjectId
@@ -20,6 +20,7 @@ from icechunk.log.session.segment import (
     slot_of,
 )
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_jobs
 from icechunk.storage.outcome import Creation, Fate, certain, follow
 from icechunk.storage.port import ObjectInfo, Range, Storage

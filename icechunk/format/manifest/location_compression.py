@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from icechunk.format.values import VIRTUAL, ChunkRefs
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.zstd import zstd
 
 __all__ = ["LocationCompression", "LocationDictionary", "trained"]

@@ -3,7 +3,6 @@ stored."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from icechunk.format.envelope import FileType, unseal
 from icechunk.format.flat.flatbuffers import Buffer, required
 from icechunk.format.flat.vectors import TableColumns, gather
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["ManifestFacts", "manifest_facts"]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final, TypeAlias
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.values import Json, Snapshot
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "OFFLINE",

@@ -7,7 +7,7 @@ therefore the new updates followed by the old file's, and none of the old ones i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias, overload
 
 import numpy as np
@@ -17,6 +17,7 @@ from icechunk.format.flat.flatbuffers import Buffer, FlatWriter, Run
 from icechunk.format.flat.vectors import LazyTables
 from icechunk.format.repo.repo_info import Update
 from icechunk.format.repo.update_encoding import read_update, update_table, write_update_blocks
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["UpdateList"]
 

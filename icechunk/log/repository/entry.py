@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Final
 
 from icechunk.errors import ErrorKind, FormatError, IcechunkError, InvalidInputError
@@ -18,6 +18,7 @@ from icechunk.format.ids import decode_id, encode_id
 from icechunk.log.repository import events as e
 from icechunk.log.repository.event_json import EncodedEvents, Fields, TooNewError, decode_events
 from icechunk.runtime import json_codec
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "LOG_PREFIX",

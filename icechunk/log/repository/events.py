@@ -15,13 +15,14 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Final, TypeAlias
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.runtime.checks import WrongTypeError
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "CONVERT",

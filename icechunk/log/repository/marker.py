@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from icechunk.format.repo.repo_info import READ_ONLY, RepoInfo, Status, Update
 from icechunk.format.snapshot.codec import decode_snapshot
 from icechunk.log.repository.state import MAIN, RepoState, from_repo_info, to_repo_info
 from icechunk.runtime import json_codec
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "READ_ONLY_REASON",

@@ -5,7 +5,7 @@ A repository of any layout may have been, or may become, one of another, so its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -34,6 +34,7 @@ from icechunk.log.repository.freshness import TRUST_US, Instant, instant, is_fre
 from icechunk.log.repository.marker import Marker, decode_marker
 from icechunk.log.repository.port import SwapToken
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import in_thread
 from icechunk.storage.port import NO_LISTING, Absent, GetResult, Storage, Version
 

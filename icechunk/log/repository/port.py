@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TypeAlias
@@ -18,6 +17,7 @@ from icechunk.format.ids import ObjectId
 from icechunk.format.repo.repo_info import Update
 from icechunk.log.repository.events import Event
 from icechunk.log.repository.state import RepoState
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.transfer.cache import WeightedCache
 
 __all__ = ["FILES_BYTES", "MAX_FILES", "Layout", "Proposal", "Propose", "RepositoryLog", "SwapToken"]

@@ -12,7 +12,7 @@ import asyncio
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Final
 
 from icechunk.config.repository import (
@@ -27,6 +27,7 @@ from icechunk.log.repository.event_json import EncodedEvents, decode_events, enc
 from icechunk.log.repository.port import Proposal, Propose, SwapToken
 from icechunk.log.repository.state import RepoState, apply
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "MAX_EMBEDDED_BYTES",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, TypeAlias, assert_never
 
 from icechunk.errors import (
@@ -41,6 +41,7 @@ from icechunk.format.repo.stored_snapshots import StoredSnapshots
 from icechunk.format.repo.updates import UpdateList
 from icechunk.log.repository import events as e
 from icechunk.log.repository.events import Reparented
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.persistent_map import Map
 
 __all__ = [

@@ -11,7 +11,7 @@ author.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TypeAlias
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from icechunk.format.ids import NodeId
 from icechunk.format.values import ChunkRefs
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "ArrayCreated",

@@ -30,7 +30,6 @@ Worked example::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +51,7 @@ from icechunk.log.session.events import (
 from icechunk.log.session.fold import ABSENT, IN_BASE, Absent, Fold, InBase, in_grid
 from icechunk.log.session.hierarchy import check_path, is_below, parent_of
 from icechunk.log.session.zarr_metadata import ArrayMeta, parse_node, parse_replacement
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["ABSENT", "IN_BASE", "Absent", "Commands", "InBase", "Savepoint", "SessionLog"]
 

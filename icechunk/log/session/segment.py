@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
@@ -27,6 +26,7 @@ from icechunk.format.keys import SESSIONS_PREFIX
 from icechunk.log.session.events import Event
 from icechunk.log.session.wire import decode_events, encode_log
 from icechunk.runtime import json_codec
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "HEAD_BYTES",

@@ -7,12 +7,12 @@ presence is checked, because a document without it is not Zarr, but its content 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.documents import parse_document
 from icechunk.format.values import DimensionShape, NodeKind, NodeSnapshot
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["ArrayMeta", "GroupMeta", "encoding_of", "parse_node", "parse_replacement", "require_regular_grid"]
 

@@ -19,12 +19,12 @@ import ssl
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, cast
 
 from aiohappyeyeballs import start_connection
 
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import in_thread
 from icechunk.storage.buffers import Buffers
 from icechunk.storage.http.messages import BadAnswerError, Reading, Response, TooLargeError, request_head

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from multidict import CIMultiDict
 
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.buffers import Buffers
 
 __all__ = ["LARGE_BYTES", "BadAnswerError", "Reading", "Response", "TooLargeError", "request_head"]

@@ -8,10 +8,11 @@ request, ``no_proxy`` for the hosts that are reached directly (on macOS and Wind
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
+from dataclasses import field
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import redacted_url
 
 __all__ = ["Proxies", "Proxy", "ProxyError"]

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import base64
 import re
-from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, unquote, urljoin
 
 from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import redacted_url
 from icechunk.storage.http.connections import Origin
 

@@ -16,9 +16,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Final
+
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "Promises",

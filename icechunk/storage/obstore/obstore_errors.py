@@ -13,10 +13,10 @@ from __future__ import annotations
 import atexit
 import re
 import time
-from dataclasses import dataclass
 from typing import Any, Final
 
 from icechunk.errors import ErrorKind, StorageError
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.outcome import REFUSING_STATUSES
 from icechunk.storage.rights import Right, Service, access_denied
 

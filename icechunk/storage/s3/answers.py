@@ -7,11 +7,11 @@ import re
 import socket
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 from xml.etree import ElementTree
 
 from icechunk.errors import ErrorKind, StorageError
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.http.headers import date_us
 from icechunk.storage.http.messages import TooLargeError
 from icechunk.storage.http.proxies import ProxyError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -16,6 +15,7 @@ from botocore.exceptions import BotoCoreError
 
 from icechunk.config import S3Options
 from icechunk.errors import ErrorKind, StorageError
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import redacted_url
 from icechunk.storage.http.connections import Origin
 

@@ -14,7 +14,7 @@ import os
 import re
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Final
 
@@ -24,6 +24,7 @@ from botocore.session import get_session
 from icechunk.errors import ErrorKind, StorageError
 from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import in_thread
 from icechunk.storage.http.connections import Connections, NotConnectedError, TooLargeError
 from icechunk.storage.http.headers import date_us

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final
 from urllib.parse import quote
+
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["UNSIGNED_PAYLOAD", "SigningKeys", "encode_key", "encode_query", "sign"]
 

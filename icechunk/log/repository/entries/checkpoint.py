@@ -6,7 +6,7 @@ Each is a change of ``repo`` as `icechunk.log.repository.conditional.replace_rep
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from icechunk.errors import ErrorKind, ObjectNotFoundError, StorageError
@@ -28,6 +28,7 @@ from icechunk.log.repository.marker import (
 )
 from icechunk.log.repository.objects import Known, RepoObject, encode, known_of, put_once, read_repo
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.port import Absent, Matches, Put, PutResult, Storage, Version
 
 __all__ = [

@@ -16,7 +16,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
@@ -49,6 +48,7 @@ from icechunk.log.repository.state import MAIN, RepoState, apply
 from icechunk.log.repository.store_check import StoreCheck, may_write
 from icechunk.log.repository.tokens import settle_ended
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.loops import closing_garbage
 from icechunk.runtime.tasks import finish_task
 from icechunk.storage.outcome import Fate

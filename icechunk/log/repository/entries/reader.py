@@ -7,7 +7,7 @@ that is missing on the way means that the checkpoint has moved meanwhile.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -18,6 +18,7 @@ from icechunk.log.repository.marker import state_of
 from icechunk.log.repository.objects import Known, RepoObject, could_read, get_slot, read_repo, ref_files_there
 from icechunk.log.repository.state import RepoState, try_apply_all
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_jobs, run_pair
 from icechunk.storage.port import NO_LISTING, ObjectInfo, Storage
 

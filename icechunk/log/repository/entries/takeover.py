@@ -6,8 +6,6 @@ checkpoint are in the log only. They are reported, never deleted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from icechunk.errors import FormatError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import encode_id
 from icechunk.format.keys import overwritten_repo_key
@@ -20,6 +18,7 @@ from icechunk.log.repository.marker import decode_marker
 from icechunk.log.repository.objects import RepoObject, read_repo, read_slot
 from icechunk.log.repository.queue import new_snapshots
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.outcome import Creation, Fate, certain, follow
 from icechunk.storage.port import Storage
 

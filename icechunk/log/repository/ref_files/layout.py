@@ -17,7 +17,6 @@ commit also by the snapshot id, at the tip or below it.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from icechunk.config import config_from_dict
@@ -54,6 +53,7 @@ from icechunk.log.repository.state import MAIN, RepoState, apply
 from icechunk.log.repository.store_check import MatchCheck
 from icechunk.log.repository.tokens import REFS_TOKEN
 from icechunk.runtime.clock import SYSTEM, Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.outcome import Fate, is_refusal, refused
 from icechunk.storage.port import Absent, GetResult, Matches, Precondition, Put, Storage, Version
 

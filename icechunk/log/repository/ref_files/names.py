@@ -7,7 +7,6 @@ that does so to every key: on local disk, GCS, Azure. Keys that do not parse are
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
@@ -15,6 +14,7 @@ from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.ids import ObjectId, encode_id, object_id_from_text
 from icechunk.format.keys import REFS_PREFIX
 from icechunk.runtime import json_codec
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.port import MAX_KEY_BYTES, Storage
 

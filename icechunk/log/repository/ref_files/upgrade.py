@@ -26,7 +26,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -55,6 +54,7 @@ from icechunk.log.repository.ref_files.names import RefKey, RefNames, close_ref,
 from icechunk.log.repository.state import MAIN, ONLINE, READ_ONLY, from_repo_info
 from icechunk.log.repository.store_check import MatchCheck, require_atomic, require_writable
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_jobs
 from icechunk.storage.outcome import is_refusal
 from icechunk.storage.port import NO_LISTING, PutResult, Storage, Version

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from icechunk.errors import ErrorKind, ObjectNotFoundError, RepositoryNotFoundError, SessionStateError
@@ -26,6 +26,7 @@ from icechunk.log.repository.marker import cutoff_of, is_unfinished
 from icechunk.log.repository.objects import RepoObject, known_of
 from icechunk.log.repository.state import RepoState, from_repo_info
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.storage.port import PutResult, Storage, Version
 from icechunk.transfer.cache import WeightedCache
 

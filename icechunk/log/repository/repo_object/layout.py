@@ -19,7 +19,7 @@ log, this module the copy made in advance; only the engine's task writes.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from icechunk.errors import (
     ConflictError,
@@ -45,6 +45,7 @@ from icechunk.log.repository.state import MAIN, RepoState, UpdateLog, resting_on
 from icechunk.log.repository.store_check import MatchCheck
 from icechunk.log.repository.tokens import REPO_TOKEN, settle_ended
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import finish_task
 from icechunk.storage.outcome import Fate
 from icechunk.storage.port import Matches, Put, Storage, Version

@@ -15,7 +15,7 @@ Worked example::
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -44,6 +44,7 @@ from icechunk.log.session.events import (
 from icechunk.log.session.hierarchy import Hierarchy, parent_of
 from icechunk.log.session.log import SessionLog
 from icechunk.log.session.merge.diff import NetChanges
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["Landed", "Winner", "carried_over", "find_conflicts", "rebase"]
 

@@ -7,7 +7,7 @@ and then changed is only new; one that moved twice moved once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.snapshot.nodes import with_ids
 from icechunk.format.values import Move, NodeKind, NodeSnapshot, Snapshot, TransactionLog
 from icechunk.log.session.columns import sort_last
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["Changes", "NetChanges", "changes_since", "combined", "diff", "move_order", "net_diff"]
 

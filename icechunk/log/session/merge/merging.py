@@ -16,7 +16,6 @@ Worked example::
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import Final, Literal, TypeAlias
@@ -45,6 +44,7 @@ from icechunk.log.session.log import ABSENT, Absent, SessionLog
 from icechunk.log.session.merge.conflict_rules import carried_over
 from icechunk.log.session.merge.diff import NetChanges
 from icechunk.log.session.zarr_metadata import encoding_of
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["Fork", "Merge", "MergePolicy", "Pair"]
 

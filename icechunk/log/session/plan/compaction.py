@@ -9,7 +9,7 @@ also holds references of other arrays stays in use for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -38,6 +38,7 @@ from icechunk.log.session.merge.diff import NetChanges
 from icechunk.log.session.plan.manifest_rows import ArrayPlan, pieces
 from icechunk.log.session.plan.small_arrays import Batch, boxes_of, cut, merged, plan_batches
 from icechunk.log.session.plan.tiles import Tile, TilePolicy, plan_anew, plan_grid, plan_tiles
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["EVERYTHING", "Placed", "Plan", "Policy", "new_manifests", "new_snapshot", "placed", "plan"]
 

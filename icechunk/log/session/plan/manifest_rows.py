@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from icechunk.log.session.array_fold import Rows
 from icechunk.log.session.columns import CoordIndex, concat, normalized, trimmed
 from icechunk.log.session.extents import around, by_tile, halved, in_box
 from icechunk.log.session.plan.tiles import Tile
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["ArrayPlan", "pieces", "references", "require_fit", "written_of"]
 

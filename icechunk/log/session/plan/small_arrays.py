@@ -12,7 +12,7 @@ once with those of their manifests, which are usually the same few.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, compress, pairwise
 from typing import Any, Final, NamedTuple
 
@@ -27,6 +27,7 @@ from icechunk.format.values import INLINE, VIRTUAL, ChunkRef, ChunkRefs, Extents
 from icechunk.log.session.array_fold import ArrayFold
 from icechunk.log.session.array_fold import Rows as RowsOfOne
 from icechunk.log.session.columns import DELETED, concat, from_rows, from_values, sort_last, trimmed
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "MANY",

@@ -26,7 +26,7 @@ same happens with the official library.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Final
 
 import numpy as np
@@ -36,6 +36,7 @@ from icechunk.format.ids import ObjectId
 from icechunk.format.values import Extents, ManifestFile, ManifestRef
 from icechunk.log.session.columns import sort_last
 from icechunk.log.session.extents import around, bounds, clipped, halved, in_box, overlap, slabs, union, volume
+from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["Tile", "TilePolicy", "plan_anew", "plan_grid", "plan_tiles"]
 
