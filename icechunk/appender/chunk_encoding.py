@@ -45,6 +45,8 @@ Values = npt.NDArray[Any]
 _CODINGS: Final = ("units", "calendar", "scale_factor", "add_offset", "_FillValue", "missing_value")
 _NS: Final = np.dtype("M8[ns]")
 _NAT: Final = np.iinfo("i8").min
+_MOST_PASSED_NS: Final = np.iinfo("i8").max
+_FEW_TIMES: Final = 8
 _MIDNIGHT: Final = re.compile(r"[ T]00:00(:00(\.0+)?)?$")
 _CALENDARS: Final = ("standard", "gregorian", "proleptic_gregorian")
 _NANOSECONDS: Final = {
@@ -127,7 +129,7 @@ def shown_label(label: Any, codings: Mapping[str, Any]) -> str:
     plain = label.item() if isinstance(label, np.generic) and label.dtype.kind not in "mM" else label
     if known is None or not isinstance(plain, int):
         return repr(plain) if not isinstance(label, np.datetime64 | np.timedelta64) else str(label)
-    since, unit_ns = known
+    since, _, unit_ns = known
     try:
         return str(np.datetime_as_string(since + np.timedelta64(plain * unit_ns, "ns"), unit="auto"))
     except (OverflowError, ValueError):
@@ -139,15 +141,17 @@ def whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
     known = _epoch(str(encoding.get("units")), str(encoding.get("calendar", "standard")))
     if known is None:
         return None
-    since, unit_ns = known
+    since, since_ns, unit_ns = known
     exact = times if times.dtype == _NS else in_dtype(times, _NS)
     if exact is None:
         return None
+    if exact.size <= _FEW_TIMES:
+        return _few_whole_units(exact, since_ns, unit_ns)
     is_absent = np.isnat(exact)
     any_absent = bool(is_absent.any())
     # As integers, which wrap around: since numpy 2.5 times raise an error then.
     with np.errstate(over="ignore"):
-        passed_ns = np.asarray(exact.view(np.int64) - since.astype(np.int64))
+        passed_ns = np.asarray(exact.view(np.int64) - since_ns)
     if any_absent:
         passed_ns[is_absent] = 0
     if not np.array_equal(passed_ns < 0, exact < since):
@@ -158,6 +162,19 @@ def whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
     if any_absent:
         numbers[is_absent] = _NAT
     return np.asarray(numbers)
+
+
+def _few_whole_units(times: Values, since_ns: int, unit_ns: int) -> Values | None:
+    """As `whole_units`, of nanoseconds; numpy takes longer for one time than Python."""
+    numbers = []
+    for time_ns in times.ravel().view(np.int64).tolist():
+        number, rest = divmod(time_ns - since_ns, unit_ns)
+        if time_ns == _NAT:
+            number = _NAT
+        elif rest or abs(time_ns - since_ns) > _MOST_PASSED_NS:
+            return None
+        numbers.append(number)
+    return np.array(numbers, np.int64).reshape(times.shape)
 
 
 def in_dtype(values: Values, dtype: np.dtype[Any]) -> Values | None:
@@ -178,14 +195,16 @@ def in_dtype(values: Values, dtype: np.dtype[Any]) -> Values | None:
 
 
 @lru_cache(maxsize=256)
-def _epoch(units: str, calendar: str) -> tuple[np.datetime64, int] | None:
-    """The beginning of times of these units, and the nanoseconds of one; None where it is not as simple as that."""
+def _epoch(units: str, calendar: str) -> tuple[np.datetime64, int, int] | None:
+    """The beginning of times of these units, also in nanoseconds, and the nanoseconds of one unit; None where it is not
+    as simple as that."""
     found = _UNITS.fullmatch(units)
     if found is None or calendar not in _CALENDARS:
         return None
     unit, day, time = found.groups()
     try:
-        return np.datetime64(f"{day}T{time or '00:00:00'}", "ns"), _NANOSECONDS[unit]
+        since = np.datetime64(f"{day}T{time or '00:00:00'}", "ns")
+        return since, int(since.astype(np.int64)), _NANOSECONDS[unit]
     except ValueError:
         return None
 

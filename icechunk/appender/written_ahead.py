@@ -22,6 +22,9 @@ __all__ = ["WriteAhead"]
 
 _PORTION_BYTES: Final = 8 * 1024 * 1024
 """Bytes of rows that are written at once, about."""
+_CACHED_BYTES: Final = 64 * 1024 * 1024
+"""Bytes of rows of one commit that a reader finds in the system's cache of files, at the least; further ones it reads
+from the medium."""
 _ENCODERS: Final = max(1, min(4, os.cpu_count() or 1))
 _AT_ONCE: Final = _ENCODERS + 3
 """Portions that are encoded or written at once: more of them stay in memory, or wait."""
@@ -43,6 +46,8 @@ class WriteAhead:
         self._first_row = 0
         self._bytes = 0
         self._enough_bytes = _PORTION_BYTES
+        self._begun_bytes = 0
+        """Bytes of rows for the next commit that are written, or on their way."""
 
     def add(self, batch: Batch, target: Target, first_row: int) -> None:
         """A batch was buffered.
@@ -65,7 +70,7 @@ class WriteAhead:
 
     def cut(self) -> set[asyncio.Task[None]]:
         """A commit begins: it writes all batches but those whose writing these tasks end first."""
-        self._batches, self._bytes, self._enough_bytes = [], 0, _PORTION_BYTES
+        self._batches, self._bytes, self._enough_bytes, self._begun_bytes = [], 0, _PORTION_BYTES, 0
         return set(self._tasks)
 
     @property
@@ -101,16 +106,20 @@ class WriteAhead:
         self._batches, self._first_row = self._batches[end:], end_row
         self._bytes = sum(batch.num_bytes for batch in self._batches)
         self._enough_bytes = _PORTION_BYTES
-        task = asyncio.create_task(self._write(batches, target, large, first_row))
+        bulk = self._begun_bytes >= _CACHED_BYTES
+        self._begun_bytes += sum(batch.num_bytes for batch in batches)
+        task = asyncio.create_task(self._write(batches, target, large, first_row, bulk))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _write(self, batches: Sequence[Batch], target: Target, large: Sequence[Variable], first_row: int) -> None:
+    async def _write(
+        self, batches: Sequence[Batch], target: Target, large: Sequence[Variable], first_row: int, bulk: bool
+    ) -> None:
         def encode() -> Iterator[EncodedChunk]:
             return encoded_rows(large, [[batch.values[v.name] for batch in batches] for v in large], first_row)
 
         try:
-            ahead = await write_ahead(self._core, encode, self._encoders)
+            ahead = await write_ahead(self._core, encode, self._encoders, bulk=bulk)
         except Exception:
             # The commit meets the same error, if it is still there, and raises it.
             self._has_failed = True

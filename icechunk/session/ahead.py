@@ -48,15 +48,25 @@ def gains_from_writing_ahead(core: Core) -> bool:
     return core.storage.defers_syncs
 
 
-async def write_ahead(core: Core, encode: Callable[[], EncodedChunks], encoders: asyncio.Semaphore) -> Ahead:
+async def write_ahead(
+    core: Core, encode: Callable[[], EncodedChunks], encoders: asyncio.Semaphore, *, bulk: bool = False
+) -> Ahead:
     """Encode chunks in a thread, and write them; small ones share an object.
 
-    Raises `StorageError` where they cannot be written.
+    Parameters
+    ----------
+    bulk
+        Whether they are of many, most of which are not read soon: their objects may be left out of caches.
+
+    Raises
+    ------
+    StorageError
+        They cannot be written.
     """
     since_us = (await core.log()).store_time_us
     objects: list[tuple[ObjectId, bytes | memoryview]] = []
     chunks = await in_thread(lambda: _place(core, encode(), objects), limiter=encoders)
-    puts = [Put(chunk_key(id), data) for id, data in objects]
+    puts = [Put(chunk_key(id), data, bulk=bulk) for id, data in objects]
     if puts:
         gate, size = core.gates.here(), sum(len(put.data) for put in puts)
         await gate.enter(size, WRITE)

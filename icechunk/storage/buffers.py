@@ -23,6 +23,7 @@ _KEPT: Final = 12
 """Buffers that wait for their next use at the most; as many as zarr reads at a time, and two."""
 _LARGEST_KEPT_BYTES: Final = 8 * 1024 * 1024
 _STEP_BYTES: Final = 256 * 1024
+_PAGE_BYTES: Final = 4096
 
 
 class _Lease(np.ndarray[Any, np.dtype[np.uint8]]):
@@ -36,12 +37,12 @@ class Buffers:
         self._idle: deque[npt.NDArray[np.uint8]] = deque(maxlen=_KEPT)
 
     def take(self, size_bytes: int) -> memoryview:
-        """Writable memory of that size, not cleared."""
+        """Writable memory of that size, not cleared, that begins at a page."""
         if size_bytes > _LARGEST_KEPT_BYTES:
-            return np.empty(size_bytes, np.uint8).data
+            return _pages(size_bytes).data
         memory = self._fitting(size_bytes)
         if memory is None:
-            memory = np.empty(-(-size_bytes // _STEP_BYTES) * _STEP_BYTES, np.uint8)
+            memory = _pages(-(-size_bytes // _STEP_BYTES) * _STEP_BYTES)
         lease = memory[:size_bytes].view(_Lease)
         weakref.finalize(lease, self._idle.append, memory).atexit = False
         return lease.data
@@ -57,3 +58,9 @@ class Buffers:
                 return memory
             self._idle.appendleft(memory)
         return None
+
+
+def _pages(size_bytes: int) -> npt.NDArray[np.uint8]:
+    memory = np.empty(size_bytes + _PAGE_BYTES, np.uint8)
+    first = -memory.ctypes.data % _PAGE_BYTES
+    return memory[first : first + size_bytes]

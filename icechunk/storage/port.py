@@ -122,6 +122,8 @@ class Put(NamedTuple):
     key: str
     data: bytes | memoryview
     precondition: Precondition = ANY
+    bulk: bool = False
+    """Whether it is one of many large objects, of which most are not read soon: caches may leave it out."""
 
 
 class Following(Protocol):

@@ -18,8 +18,9 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
-from icechunk.appender.chunk_encoding import Block, ChunkEncoder, Unfit, encode, shown_label, stored_values
+from icechunk.appender.chunk_encoding import Block, ChunkEncoder, Unfit, encode, shown_label, stored_values, whole_units
 
+HOUR_NS = 3_600_000_000_000
 COMPRESSORS: list[Any] = [
     [],
     [ZstdCodec(level=3)],
@@ -83,7 +84,7 @@ UNIT_S = {"days": 86400, "hours": 3600, "seconds": 1}
 
 @settings(max_examples=100, deadline=None)
 @given(
-    hours=st.lists(st.integers(-2_000_000, 2_000_000), min_size=1, max_size=5),
+    hours=st.lists(st.integers(-2_000_000, 2_000_000), min_size=1, max_size=12),
     resolution=st.sampled_from(["s", "ms", "ns"]),
     units=st.sampled_from(list(UNIT_S)),
     since=st.sampled_from(["1970-01-01", "2000-01-01 12:00:00", "1850-06-15T00:30:00"]),
@@ -102,6 +103,29 @@ def test_times_are_kept_in_whole_units_or_refused(
     else:
         found = stored_values("time", xr.Variable(("time",), times), attributes, np.dtype("i8"))
         assert found.tolist() == [number for number, _ in exact]
+
+
+@given(
+    passed=st.lists(
+        st.one_of(
+            st.just(-(2**63)), st.integers(-(2**63), 2**63 - 1), st.integers(-200, 200).map(lambda h: h * HOUR_NS)
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    units=st.sampled_from(["nanoseconds since 1750-01-01", "hours since 1970-01-01", "hours since 2190-01-01"]),
+)
+def test_few_times_are_kept_as_many_are(passed: list[int], units: str) -> None:
+    few = np.array(passed, "i8").view("M8[ns]")
+    expected = whole_units(np.tile(few, 9), {"units": units})
+    for shape in ((-1,), (-1, 1)):
+        found = whole_units(few.reshape(shape), {"units": units})
+        if expected is None:
+            assert found is None
+        else:
+            assert found is not None
+            assert found.dtype == expected.dtype
+            np.testing.assert_array_equal(found, expected[: len(few)].reshape(shape))
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ import zarr.api.asynchronous as azarr
 from zarr.codecs import ZstdCodec
 
 import icechunk
-from icechunk.appender import Appender
+from icechunk.appender import Appender, written_ahead
 from icechunk.errors import ErrorKind, SessionStateError, StorageError
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.outcome import refused
+from icechunk.storage.port import Put, PutResult
 
 SIDE = 512
 NOISE = np.random.default_rng(1).random((SIDE, SIDE // 2), "f4")
@@ -108,6 +109,31 @@ async def test_rows_are_written_before_their_commit_and_leave_memory(tmp_path: P
         await appender.flush()
         await put(appender, ENOUGH + 1, ENOUGH)
     await require_rows(repo, range(2 * ENOUGH + 1))
+
+
+async def test_rows_beyond_the_first_of_a_commit_are_bulk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bulk: list[bool] = []
+    real = LocalStorage.put_unsynced
+
+    async def put_unsynced(self: LocalStorage, puts: Sequence[Put]) -> list[PutResult | None]:
+        bulk.extend(put.bulk for put in puts if put.key.startswith("chunks/"))
+        return await real(self, puts)
+
+    monkeypatch.setattr(LocalStorage, "put_unsynced", put_unsynced)
+    monkeypatch.setattr(written_ahead, "_CACHED_BYTES", 16 * ROW_BYTES)
+    repo = await new_repo(tmp_path)
+    async with repo.appender("main", dim="time", source="s", every=3600, max_bytes=2**30) as appender:
+        for commit in range(2):
+            bulk.clear()
+            await put(appender, commit * 32, 16)
+            assert await wait_until_written(appender) == 16
+            assert bulk
+            assert not any(bulk)
+            await put(appender, commit * 32 + 16, 16)
+            assert await wait_until_written(appender) == 32
+            assert any(bulk)
+            await appender.flush()
+    await require_rows(repo, range(64))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

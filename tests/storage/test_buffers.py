@@ -29,6 +29,14 @@ def test_unreferenced_memory_is_used_again() -> None:
     assert address(buffers.take(SIZE - 1)) == place
 
 
+@pytest.mark.parametrize("size", [1, SIZE, 20 * SIZE])
+def test_memory_begins_at_a_page(size: int) -> None:
+    buffers = Buffers()
+    kept = [buffers.take(size) for _ in range(3)]
+    assert [address(view) % 4096 for view in kept] == [0, 0, 0]
+    assert all(view.nbytes == size for view in kept)
+
+
 @pytest.mark.thorough
 def test_views_slices_and_arrays_each_hold_their_memory() -> None:
     buffers = Buffers()

@@ -11,8 +11,9 @@ before the call returns. Three ways to make a name exclusive, tried in this orde
 A location that offers none of these is refused.
 
 Bytes of new files go to the page cache in pieces, and each piece is sent on to the medium at once: the medium works
-while the next piece is copied, and the sync at the end has little left to wait for. Past the cache (``O_DIRECT``) takes
-twice as long, since each piece waits for the medium before the next.
+while the next piece is copied, and the sync at the end has little left to wait for. Past the cache takes longer for one
+file, since each piece waits for the medium before the next; `direct` is for many files, of which some are made while
+others are written.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Final
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
 from icechunk.storage.buffers import Buffers
 from icechunk.storage.local import syncs
+from icechunk.storage.local.direct import DirectWrites
 from icechunk.storage.outcome import refused, unsent
 from icechunk.storage.port import ObjectInfo, Version, check_key
 
@@ -424,7 +426,12 @@ _PIECE_BYTES: Final = 1024 * 1024
 
 
 def write_new(
-    path: str, data: bytes | memoryview, *, group_mode: int = 0, finish: Callable[[int], None] | None = None
+    path: str,
+    data: bytes | memoryview,
+    *,
+    group_mode: int = 0,
+    finish: Callable[[int], None] | None = None,
+    direct: DirectWrites | None = None,
 ) -> os.stat_result:
     """Create a file of these bytes, with the clock's time as its own. Its folder is not synced.
 
@@ -435,6 +442,8 @@ def write_new(
     finish
         Called with the descriptor of the complete file, such as `syncs.fsync_file`. None: the file is on its way to the
         medium, and may be torn after a power failure.
+    direct
+        Writes as much past the page cache as it can. None: all goes through the cache.
 
     Returns
     -------
@@ -449,7 +458,7 @@ def write_new(
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         try:
-            _write(descriptor, memoryview(data))
+            _write(descriptor, memoryview(data), 0 if direct is None else direct.write(descriptor, memoryview(data)))
             if group_mode:
                 add_mode(descriptor, group_mode & stat.S_IRGRP)
             if os.utime in os.supports_fd:
@@ -466,9 +475,10 @@ def write_new(
         raise
 
 
-def _write(descriptor: int, data: memoryview) -> None:
-    started = len(data) >= _LEAST_STARTED_BYTES
-    begin = done = 0
+def _write(descriptor: int, data: memoryview, done: int) -> None:
+    """Write the bytes behind the first ``done``, which the file has already."""
+    started = len(data) - done >= _LEAST_STARTED_BYTES
+    begin = done
     while done < len(data):
         # No piece crosses a multiple of its size, so that no page is begun twice.
         done += os.write(descriptor, data[done : begin + _PIECE_BYTES])

@@ -53,6 +53,7 @@ from icechunk.runtime.pickles import instance_of_state
 from icechunk.runtime.tasks import run_jobs, shielded
 from icechunk.runtime.threads import ProcessPool
 from icechunk.storage.buffers import Buffers
+from icechunk.storage.local.direct import DirectWrites
 from icechunk.storage.local.files import (
     RESERVED,
     Exclusion,
@@ -158,6 +159,7 @@ class LocalStorage(Storage):
         self._folders = Folders(self._root)
         self._swept = False
         self._buffers = Buffers()
+        self._direct = DirectWrites()
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
         # Clients poll whether the next slot of a log exists: the call takes less time than a thread.
@@ -190,7 +192,7 @@ class LocalStorage(Storage):
 
     async def put_after(self, keys: Collection[str], put: Put) -> PutResult:
         before = {self._path(key): key for key in keys}
-        return await self._in_thread(partial(self._put, *put, before=before))
+        return await self._in_thread(partial(self._put, put.key, put.data, put.precondition, before=before))
 
     async def put_before(self, put: Put, following: Following) -> tuple[PutResult, list[PutResult | None]]:
         return await self._in_thread(self._put_before, put, _Making(following))
@@ -413,6 +415,7 @@ class LocalStorage(Storage):
         precondition: Precondition,
         *,
         synced: bool = True,
+        bulk: bool = False,
         before: Mapping[str, str] = _NOTHING,
         begin_wait: Callable[[], None] | None = None,
     ) -> PutResult:
@@ -420,6 +423,8 @@ class LocalStorage(Storage):
 
         Parameters
         ----------
+        bulk
+            As `Put` has it.
         before
             Paths and keys of files that are made durable before it appears.
         begin_wait
@@ -437,7 +442,9 @@ class LocalStorage(Storage):
                     self._require_version(key, path, version)
                 case Unchecked():
                     pass
-            temporary, result = self._write_temporary(data, synced=synced, alone=not before, begin_wait=begin_wait)
+            temporary, result = self._write_temporary(
+                data, synced=synced, alone=not before, bulk=bulk, begin_wait=begin_wait
+            )
         try:
             if before:
                 self._sync_before(before, key, temporary)
@@ -456,24 +463,24 @@ class LocalStorage(Storage):
         return result
 
     def _put_before(self, put: Put, making: _Making) -> tuple[PutResult, list[PutResult | None]]:
-        result = self._put(*put, begin_wait=making.begin)
+        result = self._put(put.key, put.data, put.precondition, begin_wait=making.begin)
         with contextlib.suppress(StorageError):
             return result, self._put_unsynced(making.wait())
         return result, []
 
     def _put_unsynced(self, puts: Sequence[Put]) -> list[PutResult | None]:
         answers: list[PutResult | None] = []
-        for key, data, precondition in puts:
+        for key, data, precondition, bulk in puts:
             if not isinstance(precondition, Absent):
                 try:
-                    answers.append(self._put(key, data, precondition, synced=False))
+                    answers.append(self._put(key, data, precondition, synced=False, bulk=bulk))
                 except PreconditionFailedError:
                     answers.append(None)
             elif self._holds(key, data):
                 answers.append(None)
             else:
                 # The name determines the bytes: a file with other bytes is torn.
-                answers.append(self._put(key, data, ANY, synced=False))
+                answers.append(self._put(key, data, ANY, synced=False, bulk=bulk))
         return answers
 
     def _holds(self, key: str, data: bytes | memoryview) -> bool:
@@ -528,7 +535,13 @@ class LocalStorage(Storage):
                 self._folders.require_certain(path, os.stat(path))
 
     def _write_temporary(
-        self, data: bytes | memoryview, *, synced: bool, alone: bool, begin_wait: Callable[[], None] | None
+        self,
+        data: bytes | memoryview,
+        *,
+        synced: bool,
+        alone: bool,
+        bulk: bool,
+        begin_wait: Callable[[], None] | None,
     ) -> tuple[str, PutResult]:
         """Write an unfinished file. It will be durable before the name that it gets next, if it is synced ``alone``."""
         folder = os.path.join(self._root, RESERVED)
@@ -550,12 +563,18 @@ class LocalStorage(Storage):
             if sync is not None:
                 sync(descriptor)
 
+        # Others may know no such writes, or imitate them slowly.
+        direct = self._direct if bulk and self._folders.promises.syncs_all else None
+
+        def write() -> os.stat_result:
+            return write_new(path, data, group_mode=self._folders.group_mode, finish=finish, direct=direct)
+
         try:
-            status = write_new(path, data, group_mode=self._folders.group_mode, finish=finish)
+            status = write()
         except FileNotFoundError:
             self._folders.forget()
             self._folders.make(folder, durable=False)
-            status = write_new(path, data, group_mode=self._folders.group_mode, finish=finish)
+            status = write()
         return path, PutResult(version=version_of(status), date_us=self._sources.wall_us())
 
     def _publish(self, key: str, path: str, temporary: str, precondition: Precondition) -> None:

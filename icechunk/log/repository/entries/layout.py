@@ -358,7 +358,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
                 following = self._checkpointing.following(attempt.n, attempt.state, attempt.files)
                 put, answers = await storage.put_before(entry, following)
             else:
-                put = await storage.put(*entry)
+                put = await storage.put(entry.key, entry.data, entry.precondition)
         except PreconditionFailedError:
             return False
         answered = instant(self._sources, put.date_us)
