@@ -216,7 +216,13 @@ class Target:
 
     @classmethod
     async def open(cls, session: Session, group: str, dim: str) -> Target:
-        """The arrays directly below a group. Raises `InvalidInputError` where they do not agree on the dimension."""
+        """The arrays directly below a group.
+
+        Raises
+        ------
+        InvalidInputError
+            They do not agree on the dimension, or the chunks of one that has it are not all of one size.
+        """
         target = cls(dim=dim, group=group, snapshot_id=session.snapshot_id)
         names = [name async for name in session.store.list_dir(group) if name != "zarr.json"]
 
@@ -226,8 +232,11 @@ class Target:
             if document is None:
                 return
             found = json_codec.loads(document.to_bytes())
-            if found.get("node_type") == "array":
-                target.variables[name] = Variable.of(name, found, dim)
+            if found.get("node_type") != "array":
+                return
+            if dim in (found.get("dimension_names") or ()) and found["chunk_grid"]["name"] != "regular":
+                raise target._refused(f"the chunks of {name} are not all of one size")
+            target.variables[name] = Variable.of(name, found, dim)
 
         await run_each(read, sorted(names), limit=_AT_ONCE)
         target.variables = dict(sorted(target.variables.items()))
@@ -402,6 +411,9 @@ class Target:
             raise self._refused(f"variables do not fit: {', '.join(what)}")
 
     def _plain(self, data: Mapping[str, Any]) -> dict[str, Values]:
+        for name, values in data.items():
+            if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+                raise self._refused(f"{name} has masked values: give what stands for them, with filled()")
         try:
             return {str(k): np.asarray(v) for k, v in data.items()}
         except (ValueError, TypeError) as error:

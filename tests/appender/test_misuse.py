@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
 import zarr.api.asynchronous as azarr
+from zarr.core.buffer import default_buffer_prototype
 
 import icechunk
 from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
@@ -346,3 +348,33 @@ async def test_a_mapping_may_repeat_a_fixed_time() -> None:
             await appender.put(row | {"begin": begin + np.timedelta64(1, "ns")}, offset=1)
         await appender.put(row | {"begin": begin}, offset=1)
     assert await stored(repo) == [0, 1]
+
+
+async def test_masked_values_are_refused_since_arrays_have_no_mask() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    data = plain(0, 1)
+    async with repo.appender("main", dim="time", source="s") as appender:
+        with pytest.raises(InvalidInputError) as caught:
+            await appender.put(data | {"v": np.ma.masked_equal(data["v"], 0)})
+        assert caught.value.kind == ErrorKind.INVALID_SETTING
+        await appender.put(data | {"v": np.ma.masked_equal(data["v"], 7)})
+    assert await values(repo) == [0]
+
+
+async def test_arrays_whose_chunks_are_not_all_of_one_size_are_refused_at_opening() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    session = await repo.writable_session_async("main")
+    prototype = default_buffer_prototype()
+    found = await session.store.get("v/zarr.json", prototype)
+    assert found is not None
+    document = json.loads(found.to_bytes())
+    grid = {"name": "rectilinear", "configuration": {"kind": "inline", "chunk_shapes": [4, [1, 3]]}}
+    changed = json.dumps(document | {"chunk_grid": grid}).encode()
+    await session.store.set("v/zarr.json", prototype.buffer.from_bytes(changed))
+    await session.commit_async("chunks of several sizes")
+    with pytest.raises(InvalidInputError) as caught:
+        async with repo.appender("main", dim="time", source="s"):
+            pass
+    assert caught.value.kind == ErrorKind.INVALID_SETTING
