@@ -71,6 +71,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Core", "LandedSums", "Settings"]
 
+_CACHING: Final = CachingConfig()
+_CONCURRENCY: Final = StorageConcurrencySettings()
+_ENGINE: Final = EngineConfig()
+"""Settings that are not given, made once: each assignment to a setting is checked."""
 _MAX_SUMS: Final = 4
 """Bases whose sums are kept: one for each group of writers that began together."""
 
@@ -227,7 +231,7 @@ class Core:
         self.settings: Settings = settings
         if (self.gates.max_requests, self.gates.max_bytes) != (settings.max_requests, settings.max_bytes_in_flight):
             self.gates = Gates(settings.max_requests, settings.max_bytes_in_flight)
-        caching = config.caching or CachingConfig()
+        caching = config.caching or _CACHING
         self.assets: Assets = Assets(
             self.storage,
             gates=self.gates,
@@ -240,7 +244,7 @@ class Core:
             files=self.files,
             find_file=self._find_file,
             max_decodes=_value(config.max_concurrent_decodes, DEFAULT_MAX_CONCURRENT_DECODES),
-            disk=_disk(config.engine or EngineConfig(), self.storage),
+            disk=_disk(config.engine or _ENGINE, self.storage),
         )
         self._preloaders = PerLoop(lambda: Preloader(self.assets, self.settings.max_requests), Preloader.aclose, rank=1)
         self._preloaded: ObjectId | None = None
@@ -414,7 +418,7 @@ def _retries(config: RepositoryConfig) -> UpdateRetries | None:
 
 
 def _resolve(config: RepositoryConfig, layout: Layout, storage: StorageSettings | None) -> Settings:
-    engine = config.engine or EngineConfig()
+    engine = config.engine or _ENGINE
     compression = config.compression
     # A repository that is shared with the official library is laid out as by that one, unless configured.
     alone = layout is Layout.LOG
@@ -440,7 +444,7 @@ def _resolve(config: RepositoryConfig, layout: Layout, storage: StorageSettings 
         repack_below_percent=_value(engine.repack_below_percent, DEFAULT_REPACK_BELOW_PERCENT),
         small_commit_bytes=_value(engine.small_commit_bytes, DEFAULT_SMALL_COMMIT_BYTES),
         policy=policy,
-        reads=_reads(config.caching or CachingConfig(), engine, storage),
+        reads=_reads(config.caching or _CACHING, engine, storage),
         commit_fetches=_value(
             config.manifest.max_concurrent_manifest_fetches_during_commit if config.manifest is not None else None,
             max_requests,
@@ -466,7 +470,7 @@ def _reads(caching: CachingConfig, engine: EngineConfig, storage: StorageSetting
     limits = Limits()
     if caching.num_bytes_chunks is not None:
         limits = replace(limits, cache_bytes=caching.num_bytes_chunks, keep_wanted=True)
-    concurrency = (storage.concurrency if storage is not None else None) or StorageConcurrencySettings()
+    concurrency = (storage.concurrency if storage is not None else None) or _CONCURRENCY
     splitting = Splitting(
         part_bytes=_value(concurrency.ideal_concurrent_request_size, DEFAULT_IDEAL_REQUEST_BYTES),
         max_requests=_value(concurrency.max_concurrent_requests_for_object, DEFAULT_MAX_REQUESTS_PER_OBJECT),

@@ -142,6 +142,9 @@ class StorageContract:
             b"3",
         ]
         assert await storage.get_all([]) == []
+        assert await storage.get_all(["some/none", "none/0"]) == [None, None]
+        few = await storage.get_all(["some/none", "some/3"])
+        assert [None if one is None else one.data for one in few] == [None, b"3"]
 
     @pytest.mark.parametrize(
         ("byte_range", "expected"),

@@ -23,8 +23,8 @@ from icechunk.runtime.representation import redacted_url
 __all__ = ["RELATIVE", "Prefixes", "checked_location", "key_of", "require_no_way_out", "stored_location"]
 
 RELATIVE: Final = "vcc://"
-_BATCH: Final = 16 * 1024
-"""Locations that are looked at together: their text stays in the processor's cache."""
+_BATCH: Final = 4 * 1024
+"""Locations that are looked at together: their text, some hundred KiB, stays in the cache of one processor."""
 
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//([^/?#]*))?([^?#]*)(.*)", re.DOTALL)
 # Nearly every location: nothing in it that would have to be resolved.

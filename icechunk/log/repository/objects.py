@@ -45,6 +45,7 @@ __all__ = [
     "RepoObject",
     "could_read",
     "encode",
+    "entry_of",
     "get_slot",
     "known_of",
     "nonce_in_slot",
@@ -205,7 +206,12 @@ async def get_slot(storage: Storage, epoch: str, n: int) -> tuple[Entry, GetResu
         answer = await storage.get(key)
     except ObjectNotFoundError:
         return None
-    return decode_entry(answer.data, n=n, what=f"{key} in {storage.describe()}"), answer
+    return entry_of(storage, key, n, answer), answer
+
+
+def entry_of(storage: Storage, key: str, n: int, answer: GetResult) -> Entry:
+    """The entry in a slot that was read. Raises `FormatError` if it holds none."""
+    return decode_entry(answer.data, n=n, what=f"{key} in {storage.describe()}")
 
 
 async def nonce_in_slot(storage: Storage, sources: Sources, token: SwapToken, *, repo: RepoObject | None) -> bytes:

@@ -7,6 +7,7 @@ that is missing on the way means that the checkpoint has moved meanwhile.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -15,7 +16,15 @@ from icechunk.errors import AccessDeniedError, ErrorKind, FormatError, Repositor
 from icechunk.log.repository.entry import LOG_PREFIX, Entry, epoch_prefix, parse_slot_key, slot_key
 from icechunk.log.repository.freshness import Instant, instant, is_fresh
 from icechunk.log.repository.marker import state_of
-from icechunk.log.repository.objects import Known, RepoObject, could_read, get_slot, read_repo, ref_files_there
+from icechunk.log.repository.objects import (
+    Known,
+    RepoObject,
+    could_read,
+    entry_of,
+    get_slot,
+    read_repo,
+    ref_files_there,
+)
 from icechunk.log.repository.state import RepoState, try_apply_all
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.late_dataclass import dataclass
@@ -117,6 +126,10 @@ async def _read_slots(
     believe_none
         Whether slots count as empty if the store refuses to read any of them, and may do so because they are.
     """
+    if storage.batches_reads:
+        # Where reads are refused, each slot by itself tells which.
+        with suppress(AccessDeniedError):
+            return await _read_together(storage, epoch, range(after + 1, end + 1))
     refusals: list[AccessDeniedError] = []
 
     async def get(n: int) -> Entry | None:
@@ -135,6 +148,15 @@ async def _read_slots(
         if not (hidden and known) and not await could_read(storage, refusals[0], epoch, after):
             raise refusals[0]
     return slots
+
+
+async def _read_together(storage: Storage, epoch: str, numbers: range) -> list[Entry | None]:
+    keys = [slot_key(epoch, n) for n in numbers]
+    answers = await storage.get_all(keys)
+    return [
+        None if answer is None else entry_of(storage, key, n, answer)
+        for n, key, answer in zip(numbers, keys, answers, strict=True)
+    ]
 
 
 def _unbroken(slots: Iterable[Entry | None]) -> Iterator[Entry]:
@@ -197,12 +219,10 @@ async def newest_epoch(storage: Storage) -> str | None:
 
 
 async def _list_newest(storage: Storage) -> tuple[list[ObjectInfo], bool] | None:
-    """The first keys below ``log/``, and whether those are all; None as `try_list_head`.
+    """The first keys below ``log/``, and whether those are all; None where nothing can be listed.
 
     A store may end a page early although more keys follow, so only the end of the listing says that it is the end.
     """
-    if not storage.lists_first_keys_fast:
-        return None
     items: list[ObjectInfo] = []
     pages = storage.list_pages(LOG_PREFIX, page_size=_PAGE)
     try:
@@ -246,7 +266,10 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
     gap: tuple[str, int] | None = None
     for _ in range(_OPEN_ATTEMPTS):
         asked = instant(sources)
-        repo, listing = await run_pair(partial(read_repo, storage, sources), partial(_list_newest, storage))
+        if storage.lists_first_keys_fast:
+            repo, listing = await run_pair(partial(read_repo, storage, sources), partial(_list_newest, storage))
+        else:
+            repo, listing = await read_repo(storage, sources), None
         if repo is None:
             raise await _not_found(storage)
         marker = repo.known.marker

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from icechunk.errors import FormatError
+from icechunk.errors import AccessDeniedError, FormatError
 from icechunk.log.repository import events as e
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.reader import read_until_absent
@@ -26,6 +26,38 @@ class Unlisted(ScriptedStorage):
     @property
     def lists_first_keys_fast(self) -> bool:
         return False
+
+
+class Batched(Unlisted):
+    """One that reads several objects in one call."""
+
+    @property
+    def batches_reads(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("may_be_absent", [True, False])
+async def test_slots_that_are_read_together_count_as_absent_only_where_a_refusal_may_mean_that(
+    world: World, may_be_absent: bool
+) -> None:
+    log, _ = await world.create()
+    for n in (1, 2):
+        await put_entry(world.store, log.epoch, n, e.Void())
+    hidden = [slot_key(log.epoch, n) for n in range(3, 60)]
+
+    async def refuse(request: Request, send: Send) -> object:
+        if request.key in hidden:
+            raise AccessDeniedError("refused", right="read", key=request.key, may_be_absent=may_be_absent)
+        return await send()
+
+    storage = Batched(world.store)
+    storage.script = refuse
+    if not may_be_absent:
+        with pytest.raises(AccessDeniedError):
+            await read_until_absent(storage, log.epoch, 0)
+        return
+    entries, newest = await read_until_absent(storage, log.epoch, 0)
+    assert ([entry.n for entry in entries], newest) == ([1, 2], 2)
 
 
 @pytest.mark.parametrize("tail", [*range(10), 60, 131])
