@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 from icechunk.storage.local.files import is_link, version_of
 from icechunk.storage.local.syncs import Promises, fsync_folder, fsync_together, promises_of
@@ -32,6 +32,7 @@ __all__ = ["Folders"]
 _SETTLED_AFTER_NS: Final = 120 * 1_000_000_000
 _MANY_FILES: Final = 256
 _CLOCK_GRAIN_NS: Final = 20_000_000
+_MANY_FOLDERS: Final = 256
 _NEVER_BEGAN: Final = frozenset({errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.EPERM})
 """Error numbers of a folder that cannot be opened: its names are as they were."""
 
@@ -335,16 +336,48 @@ class Folders:
             return
         folder = os.path.dirname(path)
         # The change time is that of the link or rename, by the kernel's coarse clock.
-        if status.st_ctime_ns + _CLOCK_GRAIN_NS < self._synced_ns.get(folder, 0):
+        named_ns = status.st_ctime_ns + _CLOCK_GRAIN_NS
+        if named_ns < self._synced_ns.get(folder, 0):
+            return
+        identity = _identity(folder)
+        if named_ns < _settled_ns.get(identity, 0):
             return
         # A reader without the right to sync has a read-only view; the writer has synced it. A folder that was removed
         # meanwhile has no names.
         with contextlib.suppress(PermissionError, FileNotFoundError):
             self._sync(folder)
+            # Another folder may have taken its place meanwhile.
+            if identity is not None and identity == _identity(folder):
+                _note_settled(identity, now_ns)
         # A sync that ended meanwhile may have failed.
         self.require_certain(path, status)
         self._synced_ns[folder] = now_ns
         self.durable(path, version_of(status))
+
+
+_Identity: TypeAlias = "tuple[int, int]"
+
+_settled_ns: Final[dict[_Identity | None, int]] = {}
+"""Time of the last sync of a folder for a reader, when it began, ns; by the folder's identity, None is never a key. For
+all storages, since many programs open one repository again and again, each time with a storage of its own."""
+
+
+def _identity(folder: str) -> _Identity | None:
+    """Device and inode of a folder; None: it is not there."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _note_settled(identity: _Identity, began_ns: int) -> None:
+    _settled_ns.pop(identity, None)
+    _settled_ns[identity] = began_ns
+    # Another thread may do the same at this moment.
+    while len(_settled_ns) > _MANY_FOLDERS:
+        with contextlib.suppress(StopIteration, RuntimeError):
+            _settled_ns.pop(next(iter(_settled_ns)), None)
 
 
 def _doubtful(folder: str) -> OSError:

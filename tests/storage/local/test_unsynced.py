@@ -254,6 +254,47 @@ async def test_a_file_that_this_process_made_durable_is_read_without_a_sync(
     assert len(synced) == 1, "it is young, and another client's"
 
 
+async def test_a_folder_is_synced_once_for_the_readers_of_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, moved = tmp_path / "folder", tmp_path / "moved"
+    for path in (folder, moved):
+        path.mkdir()
+        (path / "repo").write_bytes(b"1")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    await asyncio.sleep(0.05)
+    for _ in range(3):
+        await LocalStorage(folder).get("repo")
+    assert len(synced) == 1, "the storages are of one process"
+    (folder / "repo").unlink()
+    (folder / "repo").write_bytes(b"2")
+    await LocalStorage(folder).get("repo")
+    assert len(synced) == 2, "the name was given after the sync"
+    (folder / "repo").unlink()
+    folder.rmdir()
+    moved.rename(folder)
+    await LocalStorage(folder).get("repo")
+    assert len(synced) == 3, "another folder has that path now"
+
+
+async def test_a_sync_for_a_reader_that_fails_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "repo").write_bytes(b"1")
+    await asyncio.sleep(0.05)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    synced: list[int] = []
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "fsync", fail)
+        with raises(StorageError, "io", "repo"):
+            await LocalStorage(tmp_path).get("repo")
+    monkeypatch.setattr(os, "fsync", synced.append)
+    await LocalStorage(tmp_path).get("repo")
+    assert len(synced) == 1
+
+
 class Behind(Following):
     """One object behind an entry, and what there was when it was made."""
 
