@@ -434,7 +434,8 @@ def _compressed(chunks: Sequence[EncodedChunk], last: _Zstd | None) -> Iterable[
 _TOGETHER_BYTES: Final = 1024 * 1024
 """Bytes of chunks that are compressed in one call, about."""
 _LARGE_BYTES: Final = 4096
-"""Bytes of chunks from which on they are."""
+_MANY: Final = 8
+"""Bytes of chunks, and their number, from which on they are: of smaller or fewer ones that takes longer."""
 _FAST_LEVEL: Final = 3
 """Level of zstd up to which a compressor takes little memory."""
 
@@ -459,8 +460,9 @@ class _Zstd(NamedTuple):
             compressor = self.free.pop()
         except IndexError:
             compressor = zstd.ZstdCompressor(level=self.level, write_checksum=self.checksum)
-        if len(chunks[0]) >= _LARGE_BYTES and hasattr(compressor, "multi_compress_to_buffer"):
-            # Only implementations in C have it; of small chunks it takes longer.
+        many = len(chunks) >= _MANY and len(chunks[0]) >= _LARGE_BYTES
+        if many and hasattr(compressor, "multi_compress_to_buffer"):
+            # Only implementations in C have it; each call makes a compressor anew.
             made = compressor.multi_compress_to_buffer([*chunks], threads=1)
             frames: Sequence[Any] = [made[i] for i in range(len(made))]
         else:

@@ -19,6 +19,7 @@ from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
 from icechunk.appender.chunk_encoding import Block, ChunkEncoder, Unfit, encode, shown_label, stored_values, whole_units
+from icechunk.runtime.zstd import zstd
 
 HOUR_NS = 3_600_000_000_000
 COMPRESSORS: list[Any] = [
@@ -71,6 +72,24 @@ async def test_chunks_equal_those_that_zarr_writes(
     # zarr may have another version of zstd than the encoder, which gives other bytes.
     store |= {key: default_buffer_prototype().buffer.from_bytes(bytes(chunk)) for key, chunk in stored.items()}
     np.testing.assert_array_equal(np.asarray(await array.getitem(Ellipsis)), values)
+
+
+@pytest.mark.parametrize(("number", "row_bytes"), [(1, 8192), (7, 8192), (8, 8192), (300, 8192), (20, 512)])
+async def test_any_number_of_chunks_is_compressed_in_their_order(number: int, row_bytes: int) -> None:
+    array = await azarr.create_array(
+        store=MemoryStore(), name="a", shape=(number, row_bytes // 4), chunks=(1, row_bytes // 4), dtype="i4"
+    )
+    assert isinstance(array.metadata, ArrayV3Metadata)
+    encoder = ChunkEncoder.of(array.metadata)
+    assert encoder is not None
+    values = np.arange(number * row_bytes // 4, dtype="i4").reshape(number, -1)
+    values[number // 2] = 0
+    found = list(encode([Block("a", encoder, values, (0, 0))]))
+    assert [chunk.coords for chunk in found] == [(i, 0) for i in range(number)]
+    assert [i for i, chunk in enumerate(found) if chunk.data is None] == [number // 2]
+    for chunk, row in zip(found, values, strict=True):
+        if chunk.data is not None:
+            assert zstd.ZstdDecompressor().decompress(bytes(chunk.data)) == row.tobytes()
 
 
 async def test_texts_are_left_to_zarr() -> None:
