@@ -23,7 +23,7 @@ from icechunk.config import (
 from icechunk.config.manifest_rules import manifests_to_preload
 from icechunk.log.repository.objects import updates_per_file_of
 from icechunk.log.repository.queue import retries_of
-from icechunk.runtime.representation import Setting
+from icechunk.runtime.representation import Setting, effective_default
 from icechunk.session import core as session_core
 from icechunk.storage.memory import MemoryStorage
 from icechunk.storage.settings import Effective
@@ -42,7 +42,7 @@ def shown(setting: Setting, path: str = "") -> Iterator[tuple[str, Any]]:
     """Path and default of every setting whose default is shown."""
     for field in fields(setting):  # type: ignore[arg-type]  # every setting is a dataclass
         # A repository's storage settings are shown as None: each kind of storage has defaults of its own.
-        default = StorageSettings() if field.name == "storage" else field.metadata.get("effective")
+        default = StorageSettings() if field.name == "storage" else effective_default(field)
         given = getattr(setting, field.name) if path == "repo_update_retries.default." else default
         if isinstance(default, Setting):
             yield from shown(default, f"{path}{field.name}.")
@@ -60,7 +60,7 @@ def configured(path: str, value: Any) -> RepositoryConfig:
     setting: Any = config
     for parent in parents:
         default: Any
-        (default,) = (field.metadata.get("effective") for field in fields(setting) if field.name == parent)
+        (default,) = (effective_default(field) for field in fields(setting) if field.name == parent)
         setattr(setting, parent, StorageSettings() if parent == "storage" else type(default)())
         setting = getattr(setting, parent)
     setattr(setting, name, value)

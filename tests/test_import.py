@@ -37,7 +37,7 @@ def loaded_by(script: str) -> set[str]:
 
 def test_importing_the_package_loads_neither_the_engine_nor_its_dependencies() -> None:
     loaded = loaded_by("import icechunk; icechunk.__version__")
-    assert not loaded & {"numpy", "zarr", "icechunk.repository", "icechunk.storage"}
+    assert not loaded & {"difflib", "inspect", "numpy", "zarr", "icechunk.repository", "icechunk.storage"}
 
 
 @pytest.mark.thorough
@@ -57,6 +57,30 @@ def test_opening_a_repository_loads_only_what_that_needs(tmp_path: Path) -> None
         "icechunk.store",
     }
     assert "zarr" in loaded_by("import icechunk; icechunk.IcechunkStore")
+
+
+GENERATED = """
+import dataclasses
+generated = 0
+standard = dataclasses.dataclass
+def counted(*args, **options):
+    global generated
+    generated += 1
+    return standard(*args, **options)
+dataclasses.dataclass = counted
+"""
+
+
+def test_opening_a_repository_generates_the_methods_of_few_classes(tmp_path: Path) -> None:
+    """The standard library's decorator is what makes them; a class of the package calls it when it is first used."""
+    place = f"icechunk.local_filesystem_storage({str(tmp_path)!r})"
+    opened = f"icechunk.Repository.open({place}).readonly_session('main')"
+    loaded_by(
+        f"import icechunk; icechunk.Repository.create({place}, spec_version=2)\n{GENERATED}"
+        f"icechunk.ManifestConfig(); assert generated == 1, generated"
+    )
+    loaded_by(f"{GENERATED}import icechunk; icechunk.Repository; assert generated < 15, generated")
+    loaded_by(f"{GENERATED}import icechunk; {opened}; assert generated < 60, generated")
 
 
 @pytest.mark.thorough

@@ -401,7 +401,7 @@ class ManifestVirtualChunkLocationCompressionConfig(Setting):
 class ManifestConfig(Setting):
     """Everything about manifests."""
 
-    preload: ManifestPreloadConfig | None = unset(ManifestPreloadConfig())
+    preload: ManifestPreloadConfig | None = unset(ManifestPreloadConfig)
     """Fetching ahead of need."""
     splitting: ManifestSplittingConfig | None = None
     """Splitting of arrays into manifests. None: the engine chooses (where the repository is shared with the official

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Final, TypeAlias
 
 from icechunk.config import manifest as m
@@ -109,12 +109,14 @@ _COORDINATES: Final = (
     r"^(x|i|nlon|rlon|ni)$",
     r"^x?(nav_lon|lon|glam)[a-z0-9]*$",
 )
-_COORDINATE_LIKE: Final = m.ManifestPreloadCondition.and_conditions(
-    [
-        m.ManifestPreloadCondition.or_conditions([m.ManifestPreloadCondition.name_matches(r) for r in _COORDINATES]),
-        m.ManifestPreloadCondition.num_refs(None, 1001),
-    ]
-)
+
+
+@cache
+def _coordinate_like() -> m.ManifestPreloadCondition:
+    names = [m.ManifestPreloadCondition.name_matches(regex) for regex in _COORDINATES]
+    return m.ManifestPreloadCondition.and_conditions(
+        [m.ManifestPreloadCondition.or_conditions(names), m.ManifestPreloadCondition.num_refs(None, 1001)]
+    )
 
 
 def manifests_to_preload(config: m.ManifestPreloadConfig | None, snapshot: Snapshot) -> Iterator[ObjectId]:
@@ -124,7 +126,7 @@ def manifests_to_preload(config: m.ManifestPreloadConfig | None, snapshot: Snaps
     references together above ``max_total_refs`` is passed over.
     """
     config = config or m.ManifestPreloadConfig()
-    condition = _COORDINATE_LIKE if config.preload_if is None else config.preload_if
+    condition = _coordinate_like() if config.preload_if is None else config.preload_if
     room = m.DEFAULT_MAX_TOTAL_REFS if config.max_total_refs is None else config.max_total_refs
     arrays = m.DEFAULT_MAX_ARRAYS_TO_SCAN if config.max_arrays_to_scan is None else config.max_arrays_to_scan
     chosen: set[ObjectId] = set()

@@ -133,7 +133,9 @@ class RepoUpdateRetryConfig(Setting):
     """Number and pauses of the tries after a lost race for the repository."""
 
     default: StorageRetriesSettings | None = unset(
-        StorageRetriesSettings(DEFAULT_UPDATE_TRIES, DEFAULT_UPDATE_INITIAL_BACKOFF_MS, DEFAULT_UPDATE_MAX_BACKOFF_MS)
+        lambda: StorageRetriesSettings(
+            DEFAULT_UPDATE_TRIES, DEFAULT_UPDATE_INITIAL_BACKOFF_MS, DEFAULT_UPDATE_MAX_BACKOFF_MS
+        )
     )
 
 
@@ -193,26 +195,26 @@ class RepositoryConfig(Setting):
     """Chunks of at most so many bytes are kept in the manifest."""
     get_partial_values_concurrency: U16 | None = unset(DEFAULT_MAX_CONCURRENT_REQUESTS)
     """Values that one call of ``get_partial_values`` fetches at a time."""
-    compression: CompressionConfig | None = unset(CompressionConfig())
+    compression: CompressionConfig | None = unset(CompressionConfig)
     """Compression of metadata files."""
     max_concurrent_requests: U16 | None = unset(DEFAULT_MAX_CONCURRENT_REQUESTS)
     """Requests in flight for the whole repository."""
-    caching: CachingConfig | None = unset(CachingConfig())
+    caching: CachingConfig | None = unset(CachingConfig)
     """Sizes of the caches in memory."""
     storage: StorageSettings | None = None
     """Settings of requests to the storage. None: the storage's own defaults."""
     virtual_chunk_containers: Annotated[dict[str, VirtualChunkContainer], _containers] | None = None
     """Containers by URL prefix, or by the key chosen at construction."""
-    manifest: ManifestConfig | None = unset(ManifestConfig())
+    manifest: ManifestConfig | None = unset(ManifestConfig)
     """Splitting, preloading and compression of manifests."""
-    repo_update_retries: RepoUpdateRetryConfig | None = unset(RepoUpdateRetryConfig())
+    repo_update_retries: RepoUpdateRetryConfig | None = unset(RepoUpdateRetryConfig)
     """Tries after a lost race for the repository."""
     num_updates_per_repo_info_file: U16 | None = unset(DEFAULT_NUM_UPDATES_PER_REPO_INFO_FILE)
     """Entries of the operations log that a ``repo`` object keeps itself."""
     max_concurrent_decodes: U16 | None = unset(DEFAULT_MAX_CONCURRENT_DECODES)
     """Large metadata files decoded at a time, in threads, for each event loop."""
     _: KW_ONLY
-    engine: EngineConfig | None = unset(EngineConfig())
+    engine: EngineConfig | None = unset(EngineConfig)
     """Settings that only this implementation has."""
     previous_file: str | None = field(default=None, init=False, repr=False)
     """Name of the copy of the configuration before this one; None if it is not known."""

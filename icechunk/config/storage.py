@@ -264,9 +264,9 @@ class StorageSettings(Setting):
 
     _public_name: ClassVar[str] = "icechunk.storage.StorageSettings"
 
-    concurrency: StorageConcurrencySettings | None = unset(StorageConcurrencySettings())
+    concurrency: StorageConcurrencySettings | None = unset(StorageConcurrencySettings)
     """Splitting of large objects."""
-    retries: StorageRetriesSettings | None = unset(StorageRetriesSettings())
+    retries: StorageRetriesSettings | None = unset(StorageRetriesSettings)
     """Repetition of failed requests."""
     unsafe_use_conditional_create: bool | None = unset(True)
     """False only for stores without ``If-None-Match``: concurrent writers may then lose data."""
@@ -282,7 +282,7 @@ class StorageSettings(Setting):
     """Storage class of new chunk objects; None: ``storage_class``."""
     minimum_size_for_multipart_upload: U64 | None = unset(DEFAULT_MULTIPART_BYTES)
     """Larger objects are uploaded in parts, bytes."""
-    timeouts: StorageTimeoutSettings | None = unset(StorageTimeoutSettings())
+    timeouts: StorageTimeoutSettings | None = unset(StorageTimeoutSettings)
     """Time limits of requests."""
 
     def storage_class_of(self, kind: str) -> str | None:

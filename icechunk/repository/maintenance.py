@@ -35,10 +35,11 @@ __all__ = ["Maintenance"]
 _LIMITS: Final = Limits()
 
 
-_UNSPLIT: Final = ManifestSplittingConfig.from_dict(
-    {ManifestSplitCondition.path_matches(".*"): {ManifestSplitDimCondition.Any(): DEFAULT_SPLIT_SIZE}}
-)
-"""The official library's name for the absence of splitting."""
+def _unsplit() -> ManifestSplittingConfig:
+    """The official library's name for the absence of splitting."""
+    return ManifestSplittingConfig.from_dict(
+        {ManifestSplitCondition.path_matches(".*"): {ManifestSplitDimCondition.Any(): DEFAULT_SPLIT_SIZE}}
+    )
 
 
 class Maintenance(Sessions):
@@ -359,7 +360,7 @@ class Maintenance(Sessions):
         manifest = self._core.config.manifest
         splitting = manifest.splitting if manifest is not None else None
         if splitting is None and self._core.layout is not Layout.LOG:
-            splitting = _UNSPLIT
+            splitting = _unsplit()
         stored = config_to_dict(RepositoryConfig(manifest=ManifestConfig(splitting=splitting)))
         return stored["manifest"]["splitting"]
 

@@ -20,18 +20,15 @@ ICECHUNK_NO_LOGS
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import field
 from typing import Final, TextIO
 
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["initialize_logs", "parse_filter", "set_logs_filter", "shutdown_telemetry"]
 
@@ -52,12 +49,12 @@ _DEFAULT_FILTER: Final = "warn"
 _FORMAT: Final = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
-@dataclass(slots=True)
 class _Governed:
     """Levels that this module has set, and resets when the filter changes."""
 
-    handler: _LastResort | None = None
-    loggers: set[str] = field(default_factory=set)
+    def __init__(self) -> None:
+        self.handler: _LastResort | None = None
+        self.loggers: set[str] = set()
 
 
 class _LastResort(logging.Handler):
@@ -158,6 +155,8 @@ def parse_filter(directives: str) -> tuple[dict[str, int], list[tuple[str, str]]
 
 def _misspelt(directives: str) -> list[str]:
     """Targets that look as if the name of this package was meant."""
+    import difflib  # here, because importing the package rarely needs it
+
     names = [_first_name(part) for part in directives.split(",")]
     return [name for name in names if name != ROOT and difflib.get_close_matches(name, [ROOT], cutoff=0.8)]
 

@@ -32,6 +32,7 @@ __all__ = [
     "TupleVariant",
     "VariantMeta",
     "code",
+    "effective_default",
     "fields_html",
     "hidden",
     "redacted_mapping",
@@ -45,8 +46,17 @@ _SECRET_KEY: Final = re.compile(r"auth|cookie|cred|key|pass|sas|secret|sig|token
 
 
 def unset(effective: Any = None) -> Any:
-    """A dataclass field that is None by default, which means ``effective``: shown by ``str`` in its place."""
+    """A dataclass field that is None by default, which means ``effective``: shown by ``str`` in its place.
+
+    A callable, such as a class of settings, makes the value when it is shown.
+    """
     return dataclasses.field(default=None, metadata={"effective": effective})
+
+
+def effective_default(field: dataclasses.Field[Any]) -> Any:
+    """The value that None stands for in a field; None where it stands for itself."""
+    effective = field.metadata.get("effective")
+    return effective() if callable(effective) else effective
 
 
 def snake_case(name: str) -> str:
@@ -115,7 +125,7 @@ class Represented:
             value = getattr(self, f.name)
             if f.metadata.get("secret") and value is not None:
                 value = hidden()
-            rows.append((f.name, value, f.metadata.get("effective")))
+            rows.append((f.name, value, effective_default(f)))
         return rows
 
     def __repr__(self) -> str:

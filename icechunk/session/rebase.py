@@ -49,7 +49,6 @@ Coords: TypeAlias = npt.NDArray[np.uint32]
 _LOG = logging.getLogger(__name__)
 _BYTES_PER_ROW = 64
 """Bytes of a chunk row, about, which decides whether a thread carries rows over."""
-_DETECTOR = ConflictDetector()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +301,7 @@ class Rebase:
             return False
         winner = Winner(snapshot=await core.assets.snapshot(tip), landed=landed)
         try:
-            self.log = await self._over(winner, _DETECTOR)
+            self.log = await self._over(winner, ConflictDetector())
         except RebaseFailedError:
             return False
         _LOG.info("rebased from %s to %s", encode_id(base), encode_id(tip))

@@ -34,7 +34,8 @@ from icechunk.ops import (
     Update,
     UpdateType,
 )
-from icechunk.runtime.representation import redacted_url
+from icechunk.runtime.late_dataclass import dataclass
+from icechunk.runtime.representation import Setting, redacted_url, unset
 from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo
 from icechunk.virtual import ChunkType, VirtualChunkSpec
 from tests.raising import raises
@@ -215,3 +216,21 @@ def test_every_error_pickles_with_its_kind() -> None:
 )
 def test_urls_without_secrets_are_shown_as_they_are(url: str) -> None:
     assert redacted_url(url) == url
+
+
+def test_a_default_that_is_shown_in_the_place_of_none_is_made_when_it_is_shown() -> None:
+    made = []
+
+    def default() -> int:
+        made.append(1)
+        return 7
+
+    @dataclass(slots=True, repr=False)
+    class Settings(Setting):
+        late: int | None = unset(default)
+        early: int | None = unset(8)
+        none: int | None = unset()
+
+    assert made == []
+    assert str(Settings()).splitlines()[1:] == ["late: 7 (default)", "early: 8 (default)", "none: None"]
+    assert str(Settings(late=1)).splitlines()[1] == "late: 1"
