@@ -24,6 +24,7 @@ from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.local.syncs import Promises
 from icechunk.storage.port import ANY, Absent, Precondition, Put
 from tests.promises import EXT4, EXT4_WITHOUT_JOURNAL, UNKNOWN
+from tools.simulator.power_loss import Recorder
 
 MIB = 1024 * 1024
 BUFFERS = Buffers()
@@ -190,3 +191,23 @@ async def test_only_bulk_goes_past_the_cache_of_file_systems_that_are_known(
     await storage.sync(["chunks/a"])
     assert bytes((await storage.get("chunks/a")).body) == data
     assert asked == ([len(data)] if bulk and promises is not UNKNOWN else [])
+
+
+async def test_bytes_that_went_past_the_cache_are_handed_over_before_a_later_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "promises_of", lambda device: EXT4)
+    storage, data = LocalStorage(tmp_path / "r"), contents(3 * MIB + 5)
+    recorder = Recorder(tmp_path / "r")
+    with recorder.recording():
+        await storage.put_unsynced([Put("chunks/a", data, bulk=True)])
+        await storage.barrier(["chunks/a"])
+        await storage.put("repo", b"refers to it")
+    events = recorder.events
+    (file,) = {event.file for event in events if event.path == "chunks/a"}
+    (named,) = [number for number, event in enumerate(events) if event.path == "repo" and event.verb == "name"]
+    written = [n for n, event in enumerate(events) if event.verb == "write" and event.file == file]
+    handed = [n for n, event in enumerate(events) if event.verb == "hand-over" and event.file == file]
+    assert b"".join(events[n].data for n in written) == data
+    assert len(written) > 1
+    assert max(written) < handed[-1] < named
