@@ -559,7 +559,7 @@ class Appender:
                     continue
             if late and self._on_duplicate == "replace":
                 places = np.searchsorted(known, labels[:late]).tolist()
-                replaced += [(p, {name: v[i] for name, v in batch.values.items()}) for i, p in enumerate(places)]
+                replaced += [(p, {name: v[i : i + 1] for name, v in batch.values.items()}) for i, p in enumerate(places)]
             values = {name: v[late:] for name, v in batch.values.items()} if late else batch.values
             new.append(Batch(rows=batch.rows - late, values=values, offset=batch.offset))
         after = await target.replace_rows(session, replaced)
@@ -599,7 +599,7 @@ class Appender:
                 # Another writer, or a window of rows, may have left rows out since.
                 self._require_known(target, labels, known)
                 places = np.searchsorted(known, labels).tolist()
-                rows = [(p, {name: v[i] for name, v in values.items()}) for i, p in enumerate(places)]
+                rows = [(p, {name: v[i : i + 1] for name, v in values.items()}) for i, p in enumerate(places)]
                 after = await target.replace_rows(session, rows)
                 made = await self._try_commit(session, self._record(offset, 0))
                 if made is not None:

@@ -618,7 +618,7 @@ class Target:
         Parameters
         ----------
         rows
-            Position and values by array of each row.
+            Position of each row, and its values by array, with the append dimension.
         """
         after = replace(self, variables=dict(self.variables))
         for variable in self.growing:
@@ -626,12 +626,13 @@ class Target:
             open_rows = [position - aligned for position, _ in rows if position >= aligned]
             if open_rows:
                 tail = (await self._tail(session, variable, aligned)).copy()
-                tail[open_rows] = [values[variable.name] for position, values in rows if position >= aligned]
+                new = [values[variable.name] for position, values in rows if position >= aligned]
+                tail[open_rows] = np.concatenate(new)
                 after.variables[variable.name] = replace(variable, tail=tail)
             for position, values in rows:
                 where = [slice(None)] * len(variable.meta.shape)
                 where[variable.axis or 0] = slice(position, position + 1)
-                row = np.moveaxis(values[variable.name][None], 0, variable.axis or 0)
+                row = np.moveaxis(values[variable.name], 0, variable.axis or 0)
                 await self._set(session, variable, tuple(where), row)
         return after
 

@@ -80,6 +80,33 @@ async def test_texts_grow_along_any_dimension() -> None:
     np.testing.assert_array_equal(np.asarray(await array.getitem(slice(None))), texts)
 
 
+@pytest.mark.filterwarnings("ignore:The data type")
+@pytest.mark.parametrize("dtype", ["T", "U5", "S5", np.dtype([("a", "i4"), ("b", "f8")]), "M8[ns]"], ids=str)
+@pytest.mark.parametrize("durable", [True, False])
+async def test_values_of_any_dtype_are_replaced(dtype: Any, durable: bool) -> None:
+    repo = await new_repo()
+    session = await repo.writable_session_async("main")
+    for name, kind in (("v", dtype), ("time", "i8")):
+        await zarr.api.asynchronous.create_array(
+            store=session.store,
+            name=name,
+            shape=(0,),
+            chunks=(4,),
+            dtype=str if kind == "T" else kind,
+            dimension_names=("time",),
+        )
+    await session.commit_async("arrays")
+    given = np.arange(30).astype("M8[ns]" if dtype == "M8[ns]" else "i8").astype(dtype)
+    async with repo.appender("main", dim="time", source="s", key="time", on_duplicate="replace") as appender:
+        await appender.put({"time": np.arange(10), "v": given[:10]}, durable=durable)
+        await appender.put({"time": np.arange(2, 7), "v": given[12:17]}, durable=durable)
+        await appender.put({"time": np.arange(9, 12), "v": given[19:22]}, durable=durable)
+    reader = await repo.readonly_session_async("main")
+    array = await zarr.api.asynchronous.open_array(store=reader.store, path="v")
+    expected = given[[0, 1, 12, 13, 14, 15, 16, 7, 8, 19, 20, 21]]
+    np.testing.assert_array_equal(np.asarray(await array.getitem(slice(None))), expected)
+
+
 async def test_partial_chunks_are_not_read_back() -> None:
     repo = await new_repo()
     session = await repo.writable_session_async("main")
