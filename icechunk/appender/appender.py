@@ -359,6 +359,8 @@ class Appender:
                     batch.fresh.snapshot_id = self._require_target().snapshot_id
                     self._target = batch.fresh
                 break
+            # These rows are not buffered yet.
+            self._labels = None
             self._require_open()
         if batch.rows:
             self._buffered.append(batch)
@@ -508,9 +510,11 @@ class Appender:
             batch.rows -= late
             batch.num_bytes = sum(v.nbytes for v in batch.values.values())
             labels = labels[late:]
+            if len(labels) and self._on_duplicate == "replace":
+                # The commit may have shown labels that another writer has stored.
+                return await self._by_labels(batch, self._require_target())
         if len(labels):
-            # A replacement may have read the arrays again.
-            (self._labels or await self._known_labels(target)).append(labels)
+            kept.append(labels)
         return batch
 
     def _require_known(self, target: Target, labels: Any, known: Any) -> None:
@@ -559,7 +563,7 @@ class Appender:
                     continue
             if late and self._on_duplicate == "replace":
                 places = np.searchsorted(known, labels[:late]).tolist()
-                replaced += [(p, {name: v[i : i + 1] for name, v in batch.values.items()}) for i, p in enumerate(places)]
+                replaced += [(p, _row(batch.values, i)) for i, p in enumerate(places)]
             values = {name: v[late:] for name, v in batch.values.items()} if late else batch.values
             new.append(Batch(rows=batch.rows - late, values=values, offset=batch.offset))
         after = await target.replace_rows(session, replaced)
@@ -599,7 +603,7 @@ class Appender:
                 # Another writer, or a window of rows, may have left rows out since.
                 self._require_known(target, labels, known)
                 places = np.searchsorted(known, labels).tolist()
-                rows = [(p, {name: v[i : i + 1] for name, v in values.items()}) for i, p in enumerate(places)]
+                rows = [(p, _row(values, i)) for i, p in enumerate(places)]
                 after = await target.replace_rows(session, rows)
                 made = await self._try_commit(session, self._record(offset, 0))
                 if made is not None:
@@ -900,6 +904,11 @@ def _require_positive(name: str, value: Any, types: Any) -> None:
     if not isinstance(value, types) or isinstance(value, bool) or not value > 0:
         kind = "an int" if types is int else "a number (of seconds)"
         raise InvalidInputError(f"{name} must be {kind} of more than 0, not {value!r}", ErrorKind.INVALID_SETTING)
+
+
+def _row(values: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """One of the rows, by array."""
+    return {name: rows[number : number + 1] for name, rows in values.items()}
 
 
 def _ended(task: asyncio.Task[Any]) -> None:

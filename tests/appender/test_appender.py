@@ -316,6 +316,44 @@ async def values(repo: icechunk.Repository) -> list[int]:
     return result
 
 
+async def test_rows_behind_replaced_ones_replace_those_that_another_source_has_stored() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    options: dict[str, Any] = {"dim": "time", "key": "time", "on_duplicate": "replace"}
+    async with (
+        repo.appender("main", source="a", **options) as first,
+        repo.appender("main", source="b", **options) as second,
+    ):
+        await first.put(plain(0, 4), offset=0, durable=True)
+        await first.put(plain(5, 1), offset=1)
+        await second.put(plain(5, 3), offset=0, durable=True)
+        # The first does not know yet that 6 and 7 are there.
+        await first.put({name: data[[3, 5, 6, 7, 8]] for name, data in plain(0, 9).items()}, offset=2)
+    assert await values(repo) == [0, 1, 2, 3, 5, 6, 7, 8]
+
+
+async def test_rows_behind_replaced_ones_are_checked_against_arrays_that_another_writer_changed() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    options: dict[str, Any] = {"dim": "time", "key": "time", "on_duplicate": "replace"}
+    async with repo.appender("main", source="s", **options) as appender:
+        await appender.put(plain(0, 4), offset=0, durable=True)
+        session = await repo.writable_session_async("main")
+        array = await zarr.api.asynchronous.create_array(
+            store=session.store,
+            name="v",
+            shape=(4, 4),
+            chunks=(2, 4),
+            dtype="f8",
+            dimension_names=("time", "x"),
+            overwrite=True,
+        )
+        await array.setitem(Ellipsis, plain(0, 4)["v"])
+        await session.commit_async("another dtype")
+        assert await appender.put(plain(3, 3), offset=1) == "buffered"
+    assert await values(repo) == list(range(6))
+
+
 async def test_a_rolling_window_keeps_about_so_many_rows() -> None:
     repo = await new_repo()
     await chunked(repo)
