@@ -672,6 +672,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/session", "tests/test_bad_days.py"),
     ),
     Mutant(
+        "unused-turns-are-not-passed",
+        "a client that dies, or falls silent, does not hold up the others of a crowd",
+        LOG + "entries/crowd.py",
+        "return int((now_us - self._turn_us) / (_PATIENCE_TRIPS * self.trip_us))",
+        "return 0",
+    ),
+    Mutant(
         "no-turns",
         "tasks of one process commit to a branch one after the other",
         "icechunk/session/commit.py",

@@ -80,6 +80,16 @@ def test_sessions_keep_their_promises_too(layout: Layout, collect: bool) -> None
     assert read
 
 
+def test_clients_that_take_turns_wait_for_none_that_is_gone_or_knows_of_no_turns() -> None:
+    injected: Counter[Fault] = Counter()
+    for seed in range(20):
+        report = simulate(seed, Plan(layout=Layout.LOG, crowd=True, writers=1 + seed % 6))
+        assert not report.problems, f"seed {seed}: {report.problems}"
+        assert not report.undecided
+        injected += report.injected
+    assert injected
+
+
 @pytest.mark.parametrize("layout", Layout)
 def test_a_seed_is_a_schedule(layout: Layout) -> None:
     plan = Plan(layout=layout, writers=3, rounds=4)

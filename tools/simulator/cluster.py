@@ -20,7 +20,7 @@ from icechunk.log.repository.queue import UpdateRetries
 from icechunk.log.repository.state import RepoState
 from icechunk.runtime.clock import Sources
 from tools.simulator.checker import ROOT, Operation, Outcome, View
-from tools.simulator.faults import Fault, Mix
+from tools.simulator.faults import CALM, Fault, Mix
 from tools.simulator.loop import DAY_S, VirtualLoop
 from tools.simulator.storage import SimulatedStorage, SimulatedStore, Stored
 from tools.simulator.trace import Trace
@@ -256,9 +256,17 @@ class Cluster:
 
     def client(self, role: str, *, faulty: bool = True) -> Client:
         """A new process."""
-        client = Client(self, f"{role}{len(self.clients) + 1}", faulty=faulty)
+        client = Client(self, f"{role}{len(self.clients) + 1}", faulty=faulty and self.mix is not CALM)
         self.clients.append(client)
         return client
+
+    def end_of_faults(self) -> None:
+        """From now on nothing goes wrong; clocks that were wrong are set."""
+        self.mix = CALM
+        for client in self.clients:
+            client.storage.recover()
+            client.skew_us = 0
+        self.note("", "there are no faults from here on")
 
     def tick(self) -> int:
         """The next position in the order of all calls and outcomes."""

@@ -27,6 +27,7 @@ from icechunk.log.repository.port import Layout
 from tools.simulator import sessions, upkeep
 from tools.simulator.checker import MAIN, ROOT, View, check
 from tools.simulator.cluster import Client, Cluster, Report, told_error
+from tools.simulator.crowd import crowd
 from tools.simulator.decoding import share
 from tools.simulator.disk import simulate_power_loss
 from tools.simulator.faults import CALM, Fault, Mix
@@ -63,6 +64,9 @@ class Plan:
     """Whether it is one of a local disk whose power fails (`tools.simulator.disk`); only the layout counts besides."""
     leases: bool = False
     """Whether clients hold sessions with a lease while garbage is collected, instead of all else."""
+    crowd: bool = False
+    """Whether many clients commit to one branch at the same time and take turns (`tools.simulator.crowd`), instead of
+    all else."""
     older: bool = False
     """Whether a client of an earlier version of this library takes part (`tools.simulator.versions`)."""
     newer: bool = False
@@ -73,8 +77,8 @@ class Plan:
     @property
     def profile(self) -> str:
         """A word or two for statistics."""
-        if self.disk or self.leases:
-            return f"{self.layout.value}-{'disk' if self.disk else 'leases'}"
+        if self.disk or self.leases or self.crowd:
+            return f"{self.layout.value}-{'disk' if self.disk else 'leases' if self.leases else 'crowd'}"
         kinds = {
             "sessions": self.sessions,
             "collect": self.collect,
@@ -98,11 +102,12 @@ def plan_of(seed: int, layout: Layout | None = None) -> Plan:
     log = chosen is Layout.LOG
     # Small schedules, and many: what goes wrong nearly always needs few clients and few changes.
     large = rng.random() < 0.04
+    has_sessions = rng.random() < 0.04
     return Plan(
         layout=chosen,
         collect=collect,
         convert=convert,
-        sessions=rng.random() < 0.04,
+        sessions=has_sessions,
         official=chosen is not Layout.REFS and rng.random() < 0.15,
         takeover=chosen is Layout.LOG and not collect and rng.random() < 0.05,
         writers=4 if large else rng.choice((1, 2, 2, 3)),
@@ -113,6 +118,8 @@ def plan_of(seed: int, layout: Layout | None = None) -> Plan:
         leases=rng.random() < 0.004,
         older=log and rng.random() < 0.06,
         newer=log and not convert and rng.random() < 0.03,
+        # Others upload files for days, or have other ways to commit.
+        crowd=log and not (collect or convert or has_sessions) and rng.random() < 0.015,
     )
 
 
@@ -194,6 +201,10 @@ async def _run(cluster: Cluster, plan: Plan) -> None:
         await asyncio.gather(*actors)
         await _verify(cluster)
         await sessions.verify_content(cluster, cluster.client("z", faulty=False))
+        return
+    if plan.crowd:
+        await asyncio.gather(crowd(cluster, 2 + plan.writers, plan.rounds), reader(cluster, 2))
+        await _verify(cluster)
         return
     actors += [writer(cluster, powers, plan.rounds) for _ in range(plan.writers)]
     actors += [reader(cluster, 2) for _ in range(plan.readers)]

@@ -197,13 +197,20 @@ class SimulatedStorage(Storage):
         self.on_clock_jump: Callable[[], None] = lambda: None
         self._loop = store.loop
         self._rng = store.rng
+        self.way_s: tuple[float, float] = (0.001, 0.05)
+        """The shortest and the longest time of a request to the store, and of its answer back, s."""
         self._outage_until_s = 0.0
         self._denied_until_s = 0.0
+
+    def recover(self) -> None:
+        """From now on there are no faults."""
+        self.faulty = False
+        self._outage_until_s = self._denied_until_s = 0.0
 
     # ------------------------------------------------------------------ the way
 
     async def _way(self) -> None:
-        await self._loop.after(self._rng.uniform(0.001, 0.05))
+        await self._loop.after(self._rng.uniform(*self.way_s))
         if self.dead:
             raise asyncio.CancelledError
 
@@ -255,7 +262,7 @@ class SimulatedStorage(Storage):
         try:
             if fault is not None:
                 await self._hold_up(fault)
-            await loop.after(rng.uniform(0.001, 0.05))
+            await loop.after(rng.uniform(*self.way_s))
         except asyncio.CancelledError:
             if writes and self.faulty and rng.random() < 0.5:
                 # It had left already.
@@ -284,7 +291,7 @@ class SimulatedStorage(Storage):
                 store.later(rng.choice((0.5, 20, 3600)) * rng.random(), request, execute)
             elif fault is Fault.PAUSED:
                 await loop.after(rng.choice((0.1, 4.0, 9.0)) * store.pause_s * rng.random())
-        await loop.after(rng.uniform(0.001, 0.05))
+        await loop.after(rng.uniform(*self.way_s))
         if self.dead:
             raise asyncio.CancelledError
         if fault is not None:

@@ -31,7 +31,7 @@ from tools.simulator.files import bare_snapshot, commit_files
 from tools.simulator.loop import DAY_S
 from tools.simulator.storage import SimulatedStorage
 
-__all__ = ["Powers", "commit_proposal", "reader", "settle", "writer"]
+__all__ = ["Powers", "commit", "commit_proposal", "reader", "settle", "writer"]
 
 _NO_WAY: Final = (ConflictError, AlreadyExistsError, RefNotFoundError)
 """Errors that say: the state does not allow it."""
@@ -141,7 +141,7 @@ async def _change(cluster: Cluster, powers: Powers, client: Client, log: Reposit
             op.parent = cluster.name_of(tip) if expected is not None else None
             event = lambda _: e.BranchReset(name=branch, snapshot=target, expected=expected)  # noqa: E731
         case _:
-            await _commit(cluster, client, log, op, tip)
+            await commit(cluster, client, log, op, tip)
             return
     cluster.begin(op)
     await _append(cluster, client, log, op, lambda now: [event(now)])
@@ -164,7 +164,18 @@ def _name(cluster: Cluster, powers: Powers, prefix: str) -> str:
     return f"{prefix}{cluster.rng.randrange(3)}"
 
 
-async def _commit(cluster: Cluster, client: Client, log: RepositoryLog, op: Operation, tip: ObjectId) -> None:
+async def commit(
+    cluster: Cluster, client: Client, log: RepositoryLog, op: Operation, tip: ObjectId, *, pinned: bool = False
+) -> None:
+    """Commit, or amend, as ``op`` says, and enter the outcome into it.
+
+    Parameters
+    ----------
+    tip
+        Tip of the branch as the client knows it.
+    pinned
+        Whether the commit follows just this tip, else it may follow any; in some layouts it always does.
+    """
     rng, refs = cluster.rng, log.layout is Layout.REFS
     op.commit = cluster.new_commit()
     id, now_us = cluster.ids[op.commit], client.sources.wall_us()
@@ -176,7 +187,7 @@ async def _commit(cluster: Cluster, client: Client, log: RepositoryLog, op: Oper
         op.parent = cluster.name_of(previous)
     else:
         op.verb = "commit"
-        if refs or cluster.collect or rng.random() < 0.4:
+        if pinned or refs or cluster.collect or rng.random() < 0.4:
             parent = tip
             op.parent = cluster.name_of(parent)
     record = _record(log.state, id, parent, now_us, op.commit)

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import median_low
 from types import MappingProxyType
 from typing import Final, Generic, TypeVar
 
@@ -57,6 +59,8 @@ _LEAST_SWAPS: Final = 2
 """Longest pauses of losers, in swaps: after one loss; after more, divided by their number; never less."""
 CLOSE_GRACE_S: Final = 10.0
 _MANY_TOLD: Final = 16
+_OBSERVED: Final = 5
+"""Swaps whose durations decide about pauses."""
 
 
 _CLOSED_FIRST: Final = "the repository was closed first"
@@ -88,8 +92,8 @@ class SwappedLog(RepositoryLog, Generic[A]):
         self.swapping: asyncio.Lock = asyncio.Lock()
         """Held while an attempt is made and settled."""
         self._losses = 0
-        self._swap_s = 0.0
-        """Observed duration of a swap, s; 0: none yet."""
+        self._swaps_s: deque[float] = deque(maxlen=_OBSERVED)
+        """Durations of the latest swaps, s."""
         self.closed: bool = False
         self.runner: asyncio.Task[None] | None = None
         """Swaps until no caller waits."""
@@ -167,7 +171,12 @@ class SwappedLog(RepositoryLog, Generic[A]):
 
     def _note_swap(self, took_s: float) -> None:
         """An attempt has landed, or is lost, after so long."""
-        self._swap_s = took_s if not self._swap_s else 0.75 * self._swap_s + 0.25 * took_s
+        self._swaps_s.append(took_s)
+
+    @property
+    def _swap_s(self) -> float:
+        """The usual duration of a swap, s: the median, since one may have been held up for hours; 0: unknown."""
+        return median_low(self._swaps_s) if self._swaps_s else 0.0
 
     def _pause_s(self) -> float:
         """A pause with full jitter, in proportion to the time of a swap.

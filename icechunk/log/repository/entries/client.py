@@ -22,7 +22,7 @@ from icechunk.errors import AccessDeniedError, FormatError, IcechunkError, Objec
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import REPO_KEY, snapshot_key
 from icechunk.log.repository.entries.checkpoint import Written, finish_conversion
-from icechunk.log.repository.entries.crowd import TAG_BYTES, Crowd
+from icechunk.log.repository.entries.crowd import Crowd, new_tag
 from icechunk.log.repository.entries.embedded import EmbeddedFiles
 from icechunk.log.repository.entries.reader import (
     Head,
@@ -97,7 +97,7 @@ class LogView:
         """Small files of the repository, to be read from memory."""
         self.sealer: asyncio.Task[None] | None = None
         """Seals the log after a takeover."""
-        self.crowd: Crowd = Crowd(sources.random_bytes(TAG_BYTES))
+        self.crowd: Crowd = Crowd(new_tag(sources.random_bytes))
         """Turns of the clients that write to this log."""
         self.looked: int = 0
         """Number of the newest look that has shown where the log ends."""

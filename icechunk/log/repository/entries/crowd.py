@@ -7,17 +7,24 @@ longest since its last entry, and all clients see the same order. A client whose
 is near asks for the next slot until the clients before it have taken theirs. A client that lets its turn pass is waited
 for for a few round trips, and soon not at all. Clients that have no entry yet may take any slot, and are let in first.
 
+An entry whose nonce begins with no tag, of a client that knows of no turns, is in no order. If each such entry counted
+as a client, others would wait for turns that no client takes.
+
 Turns are advice: they decide when a client looks, never what it may write or what is folded.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Final
+from zlib import crc32
 
-__all__ = ["TAG_BYTES", "Crowd"]
+__all__ = ["TAG_BYTES", "Crowd", "new_tag", "tag_of"]
 
-TAG_BYTES: Final = 4
+TAG_BYTES: Final = 5
+_CHECKED: Final = 3
+"""Random bytes of a tag; the others are computed from them, so that a tag is told from other bytes."""
 _MANY: Final = 64
 _OBSERVED: Final = 16
 """Entries over which the time between two is averaged."""
@@ -29,6 +36,22 @@ _PATIENCE_TRIPS: Final = 4
 """Round trips after which a turn counts as unused."""
 _UNUSED_TURNS: Final = 3
 """Turns in which others may be first before a client is forgotten."""
+
+
+def new_tag(random_bytes: Callable[[int], bytes]) -> bytes:
+    """A tag for the nonces of one client."""
+    chosen = random_bytes(_CHECKED)
+    return chosen + _check(chosen)
+
+
+def tag_of(nonce: bytes) -> bytes | None:
+    """The tag of the client that wrote an entry; None: its nonce has none."""
+    tag = nonce[:TAG_BYTES]
+    return tag if tag[_CHECKED:] == _check(tag[:_CHECKED]) else None
+
+
+def _check(chosen: bytes) -> bytes:
+    return crc32(chosen).to_bytes(4, "big")[: TAG_BYTES - _CHECKED]
 
 
 class Crowd:
@@ -48,6 +71,8 @@ class Crowd:
         """Number of turns that each client let pass since its last entry; the one that waits longest is first."""
         self._newcomers = False
         """Whether the newest entry is the first one of its client, so that others may be about to come."""
+        self._turn_us = 0
+        """Time at which the turn of the first client in the order began, µs."""
         self._seen: deque[tuple[int, int]] = deque(maxlen=_OBSERVED)
         """Slots, and when they were read, µs."""
 
@@ -62,7 +87,11 @@ class Crowd:
 
     def note(self, n: int, nonce: bytes, now_us: int) -> None:
         """An entry has been folded just now."""
-        tag = nonce[:TAG_BYTES]
+        self._seen.append((n, now_us))
+        tag = tag_of(nonce)
+        if tag is None:
+            return
+        first = next(iter(self._unused), None)
         self._newcomers = tag not in self._unused
         if tag in self._unused:
             given_up = self._given_up(now_us)
@@ -76,13 +105,17 @@ class Crowd:
         elif len(self._unused) >= _MANY:
             del self._unused[next(iter(self._unused))]
         self._unused[tag] = 0
-        self._seen.append((n, now_us))
+        if self._newcomers or next(iter(self._unused)) != first:
+            self._turn_us = now_us
 
     def _given_up(self, now_us: int) -> int:
-        """Number of turns that have passed without an entry since the newest one was read."""
+        """Number of turns that have passed unused since the last one that was used.
+
+        Entries out of turn do not count: a client that writes without waiting would hold up all others.
+        """
         if not self._seen or not self.trip_us:
             return 0
-        return int((now_us - self._seen[-1][1]) / (_PATIENCE_TRIPS * self.trip_us))
+        return int((now_us - self._turn_us) / (_PATIENCE_TRIPS * self.trip_us))
 
     @property
     def interval_us(self) -> float:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from icechunk.log.repository.entries.crowd import TAG_BYTES, Crowd
+from icechunk.log.repository.entries.crowd import TAG_BYTES, Crowd, new_tag, tag_of
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.entry import slot_key
 from icechunk.testing.scripted import ScriptedStorage
@@ -17,7 +17,7 @@ TRIP_US = 20_000
 
 
 def nonce(client: int) -> bytes:
-    return bytes([client]) * 16
+    return new_tag(lambda count: bytes([client]) * count).ljust(16, b"\0")
 
 
 def crowd_of(*clients: int, me: int = 0, interval_us: int = 30_000, trip_us: int = TRIP_US) -> tuple[Crowd, int]:
@@ -56,6 +56,26 @@ def test_members_let_newcomers_in_first_for_a_while() -> None:
 def test_turns_pass_that_are_not_used() -> None:
     crowd, now_us = crowd_of(1, 2, 0, 1, 2, 0, me=0)
     assert [crowd.ahead(now_us + trips * TRIP_US) for trips in (0, 3, 4, 8, 60)] == [2, 2, 1, 0, 0]
+
+
+def test_entries_of_a_client_without_a_tag_are_in_no_order() -> None:
+    """Each would be the turn of a client that never comes again."""
+    assert tag_of(bytes([7]) * 16) is None
+    crowd, now_us = crowd_of(1, 2, 0, 1, 2, 0, me=0)
+    for n in range(7, 20):
+        now_us += 30_000
+        crowd.note(n, bytes([n]) * 16, now_us)
+    crowd.note(20, nonce(1), now_us)
+    assert crowd.ahead(now_us) == 1
+    crowd.note(21, nonce(2), now_us)
+    assert crowd.ahead(now_us) == 0
+
+
+def test_turns_pass_although_a_client_writes_out_of_turn() -> None:
+    crowd, now_us = crowd_of(1, 2, 0, 1, 2, 0, me=0)
+    for n, trips in enumerate((1, 2, 3, 4, 6, 8), 7):
+        crowd.note(n, bytes([n]) * 16, now_us + trips * TRIP_US)
+        assert crowd.ahead(now_us + trips * TRIP_US) == 2 - trips // 4
 
 
 def test_a_client_that_lets_its_turn_pass_is_forgotten() -> None:
