@@ -62,6 +62,8 @@ class History(Protocol):
 
     async def writable_session_async(self, branch: str) -> Session: ...
 
+    async def readonly_session_async(self, *, snapshot_id: str) -> Session: ...
+
     async def settle_async(self, token: Any) -> bool: ...
 
     def async_ancestry(self, *, snapshot_id: str) -> AsyncIterator[SnapshotInfo]: ...
@@ -572,8 +574,11 @@ class Appender:
     async def _known_labels(self, target: Target) -> _Labels:
         """Stored and buffered labels; without a key the last of them alone."""
         while self._labels is None:
-            session, tip = self._require_session(), self._target
-            stored = await target.labels(session, last_only=self._key is None) if target.created else None
+            tip, stored = self._target, None
+            if target.created:
+                # The session of a commit that is being made may have left out rows already.
+                session = await self._history.readonly_session_async(snapshot_id=target.snapshot_id)
+                stored = await target.labels(session, last_only=self._key is None)
             if self._target is not tip:
                 # A commit has landed meanwhile, and its rows are no longer buffered.
                 target = self._require_target()
@@ -688,8 +693,8 @@ class Appender:
             self._buffered.popleft()
             self._rows -= batch.rows
             self._bytes -= batch.num_bytes
-        if len(new) < len(batches):
-            # Those of refused rows are not stored.
+        if len(new) < len(batches) or (self._key is not None and after.length < target.length + rows):
+            # Those of refused rows are not stored, and those of rows that were left out no longer.
             self._labels = None
         self._oldest_s = time.monotonic() if self._buffered else None
         self._counts.rows += rows
@@ -738,8 +743,6 @@ class Appender:
         drop = (target.length - self._keep) // target.chunk_rows * target.chunk_rows
         if not drop:
             return target
-        if self._key is not None:
-            self._labels = None
         return await target.drop_first(session, drop)
 
     def _record(self, offset: Any, rows: int) -> Sources:

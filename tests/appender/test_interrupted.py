@@ -11,7 +11,7 @@ import zarr.api.asynchronous as azarr
 
 import icechunk
 from icechunk.appender.target import Target
-from icechunk.errors import StorageError
+from icechunk.errors import InvalidInputError, StorageError
 from icechunk.session import Session
 from tests.appender.test_appender import chunked, new_repo, plain, values
 
@@ -134,3 +134,34 @@ async def test_labels_that_are_read_while_a_commit_ends_have_those_of_the_commit
         assert await putting == "buffered"
         assert await appender.put(plain(8, 1)) == "skipped"
     assert await values(repo) == [0, 4, 8, 12]
+
+
+async def test_labels_that_are_read_while_a_commit_leaves_rows_out_are_those_of_the_rows_that_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    # What stands for no value, 0, comes after all labels.
+    async with repo.appender("main", keep=4, **KEYED | {"on_duplicate": "skip"}) as appender:
+        await appender.put(plain(-20, 7), durable=True)
+        await appender.put(plain(-13, 1))
+        committing, go_on = asyncio.Event(), asyncio.Event()
+        commit = Session.commit_async
+
+        async def slow(session: Session, *args: Any, **options: Any) -> str:
+            committing.set()
+            await go_on.wait()
+            return await commit(session, *args, **options)
+
+        monkeypatch.setattr(Session, "commit_async", slow)
+        flushing = asyncio.create_task(appender.flush())
+        await committing.wait()
+        putting = asyncio.create_task(appender.put(plain(-12, 1)))
+        await asyncio.wait([putting])
+        go_on.set()
+        await flushing
+        assert putting.result() == "buffered"
+        assert await appender.put(plain(-16, 1)) == "skipped"
+        with pytest.raises(InvalidInputError, match="is not there"):
+            await appender.put(plain(-20, 1))
+    assert await values(repo) == list(range(-16, -11))
