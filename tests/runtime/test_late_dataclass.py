@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import pickle
 import pkgutil
@@ -286,7 +286,9 @@ def test_classes_without_slots_and_rare_options_are_left_to_the_standard_library
 
 def test_all_dataclasses_of_the_package_are_late_and_well_defined() -> None:
     for info in pkgutil.walk_packages(icechunk.__path__, "icechunk."):
-        if not info.name.endswith("__main__") and importlib.util.find_spec("zarr.abc.url_pipeline"):
+        if info.name == "icechunk.adapters.zarr_url" and not importlib.util.find_spec("zarr.abc.url_pipeline"):
+            continue  # the zarr that is installed knows no URL pipelines
+        if not info.name.endswith("__main__"):
             importlib.import_module(info.name)
     checked = 0
     for name, module in sorted(sys.modules.items()):
