@@ -48,6 +48,7 @@ def test_opening_a_repository_loads_only_what_that_needs(tmp_path: Path) -> None
     assert not loaded & {
         "anyio",
         "msgpack",
+        "statistics",
         "tempfile",
         "urllib.request",
         "yaml",

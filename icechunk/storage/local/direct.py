@@ -48,7 +48,8 @@ class DirectWrites:
         Returns
         -------
         int
-            Bytes that were written; 0: the file is empty as before. The rest is for the caller to write.
+            Bytes that were written. The rest is for the caller to write, from there on; where the system declined only
+            the bytes, the file may have its size already.
         """
         size = len(data) - len(data) % BLOCK_BYTES
         now_s = time.perf_counter()
