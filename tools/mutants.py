@@ -314,7 +314,7 @@ def page(records: dict[str, Caught]) -> str:
         "",
         f"Made by `python -m tools.mutants --write` on {max(dates, default='')} ({', '.join(sorted(commits))}): "
         f"{caught} of {len(MUTANTS)} mutants were caught, {len(by_simulator)} of them by the simulator"
-        + (f"; {len(MUTANTS) - len(rows)} were not run" if len(rows) < len(MUTANTS) else "")
+        + (f"; not run: {len(MUTANTS) - len(rows)}" if len(rows) < len(MUTANTS) else "")
         + ". A mutant is one change of one file that breaks a promise; it is caught when the simulator or a test of "
         "its room fails. The hunter that caught it last time is tried first. Schedules: how many the simulator ran "
         "until then. Seconds: until it was caught, on a machine that had other work.",

@@ -435,7 +435,7 @@ _TOGETHER_BYTES: Final = 1024 * 1024
 """Bytes of chunks that are compressed in one call, about."""
 _LARGE_BYTES: Final = 4096
 _MANY: Final = 8
-"""Bytes of chunks, and their number, from which on they are: of smaller or fewer ones that takes longer."""
+"""Least size of chunks, and their least number, for one call: with smaller or fewer ones it takes longer."""
 _FAST_LEVEL: Final = 3
 """Level of zstd up to which a compressor takes little memory."""
 

@@ -74,7 +74,7 @@ __all__ = ["Core", "LandedSums", "Settings"]
 _CACHING: Final = CachingConfig()
 _CONCURRENCY: Final = StorageConcurrencySettings()
 _ENGINE: Final = EngineConfig()
-"""Settings that are not given, made once: each assignment to a setting is checked."""
+"""In place of settings that are not given. They are made once, since making one checks each of its values."""
 _MAX_SUMS: Final = 4
 """Bases whose sums are kept: one for each group of writers that began together."""
 

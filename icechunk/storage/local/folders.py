@@ -355,11 +355,11 @@ class Folders:
         self.durable(path, version_of(status))
 
 
-_Identity: TypeAlias = "tuple[int, int]"
+_Identity: TypeAlias = tuple[int, int]
 
 _settled_ns: Final[dict[_Identity | None, int]] = {}
-"""Time of the last sync of a folder for a reader, when it began, ns; by the folder's identity, None is never a key. For
-all storages, since many programs open one repository again and again, each time with a storage of its own."""
+"""Time at which the last sync of a folder for a reader began, ns, by the folder's identity; None is never a key. All
+storages share it, since many programs open one repository again and again, each time with a new storage."""
 
 
 def _identity(folder: str) -> _Identity | None:
