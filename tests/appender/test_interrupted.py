@@ -165,3 +165,36 @@ async def test_labels_that_are_read_while_a_commit_leaves_rows_out_are_those_of_
         with pytest.raises(InvalidInputError, match="is not there"):
             await appender.put(plain(-20, 1))
     assert await values(repo) == list(range(-16, -11))
+
+
+async def test_labels_that_are_read_while_rows_are_put_before_the_first_have_the_last_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    async with (
+        repo.appender("main", **KEYED | {"on_duplicate": "skip"}) as appender,
+        repo.appender("main", **KEYED | {"source": "other"}) as other,
+    ):
+        await appender.put(plain(4, 4), durable=True)
+        await other.put(plain(8, 4), durable=True)
+        committing, go_on = asyncio.Event(), asyncio.Event()
+        commit = Session.commit_async
+
+        async def slow(session: Session, *args: Any, **options: Any) -> str:
+            committing.set()
+            await go_on.wait()
+            return await commit(session, *args, **options)
+
+        monkeypatch.setattr(Session, "commit_async", slow)
+        prepending = asyncio.create_task(appender.prepend(plain(0, 4)))
+        await committing.wait()
+        prepending.cancel()
+        await asyncio.wait([prepending])
+        putting = asyncio.create_task(appender.put(plain(8, 1)))
+        await asyncio.wait([putting])
+        go_on.set()
+        assert putting.result() == "skipped"
+        await appender.put(plain(12, 1), durable=True)
+        assert await appender.put(plain(3, 1)) == "skipped"
+    assert await values(repo) == list(range(13))
