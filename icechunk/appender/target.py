@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
+from itertools import chain
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -499,8 +500,10 @@ class Target:
             grown = after.variables[variable.name] = replace(variable, length=start + rows, tail=tail)
             path = self.path(variable.name)
             await _put_document(session.store, path, grown)
-            for row, one in written:
-                session._content.set_written("/" + path, one.moved(variable.name, row - one.first), one.since_us)
+            if written:
+                chunks = chain.from_iterable(one.moved(variable.name, row - one.first) for row, one in written)
+                since_us = min(one.since_us for _, one in written)
+                session._content.set_written("/" + path, list(chunks), since_us)
             writes += [(grown, bands, row) for row, bands in stretches_of_bands]
         await self._put_bands(session, writes)
         return after

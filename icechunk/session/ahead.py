@@ -7,11 +7,14 @@ does, a collection removes them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeAlias
+
+import numpy as np
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import chunk_key
+from icechunk.format.values import ID12, NATIVE, ChunkRefs
 from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import in_thread
 from icechunk.session.core import Core
@@ -19,7 +22,7 @@ from icechunk.storage.buffers import Buffers
 from icechunk.storage.port import Put
 from icechunk.transfer.limiter import WRITE
 
-__all__ = ["Ahead", "EncodedChunks", "Place", "WrittenChunk", "gains_from_writing_ahead", "write_ahead"]
+__all__ = ["Ahead", "EncodedChunks", "Place", "WrittenChunk", "gains_from_writing_ahead", "native_refs", "write_ahead"]
 
 _MEMORY: Final = Buffers()
 """Memory of packs until they are written."""
@@ -106,3 +109,20 @@ def _place(
     if size:
         objects.append((pack, memory[:size]))
     return found
+
+
+def native_refs(chunks: Sequence[WrittenChunk]) -> ChunkRefs | None:
+    """Chunks of one array as columns; None where there are none, or where not all of them are in objects."""
+    places = [place for _, place in chunks if isinstance(place, tuple)]
+    if not places or len(places) < len(chunks):
+        return None
+    ids, offsets, lengths = zip(*places, strict=True)
+    count = len(chunks)
+    return ChunkRefs(
+        coords=np.array([coords for coords, _ in chunks], np.uint32),
+        kind=np.full(count, NATIVE, np.uint8),
+        offset=np.array(offsets, np.uint64),
+        length=np.array(lengths, np.uint64),
+        chunk_id=np.frombuffer(b"".join(ids), ID12),
+        location=np.full(count, -1, np.int32),
+    )

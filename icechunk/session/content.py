@@ -15,7 +15,7 @@ so event loops and threads may share a session. A write while a commit runs is r
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from icechunk.log.session.events import Event
 from icechunk.log.session.log import ABSENT, IN_BASE, Absent, InBase, Savepoint, SessionLog
 from icechunk.log.session.plan.compaction import Plan, plan
 from icechunk.log.session.zarr_metadata import require_regular_grid
-from icechunk.session.ahead import WrittenChunk
+from icechunk.session.ahead import WrittenChunk, native_refs
 from icechunk.session.core import Core
 from icechunk.session.persisted import Persisted
 from icechunk.session.read import CommittedChunks, all_references, read_chunk, read_chunk_nowait, reference_of
@@ -460,12 +460,15 @@ class SessionContent:
                 await self.set_chunk(path, *chunks[done])
                 done += 1
 
-    def set_written(self, path: str, chunks: Iterable[WrittenChunk], since_us: int) -> None:
+    def set_written(self, path: str, chunks: Sequence[WrittenChunk], since_us: int) -> None:
         """Refer to chunks of an array that were written ahead (`icechunk.session.ahead`), since that store time."""
         with self.lock:
             self.require_writable()
             node = self.require_array(path)
             self.since_us = min(self.since_us, since_us)
+            if (refs := native_refs(chunks)) is not None:
+                self.log.set_refs(node, refs)
+                return
             for coords, written in chunks:
                 if written is None:
                     self.log.delete_chunk(node, coords)
