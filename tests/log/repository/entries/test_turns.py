@@ -119,6 +119,7 @@ def test_each_of_eight_clients_gets_its_turn(seed: int) -> None:
     waits = sorted(wait_s / ROUND_TRIP_S for waits_s in contest.waits_s for wait_s in waits_s)
     # No client can do better than one commit in a round trip of them all.
     assert sum(commits) > 4 / (2 * ROUND_TRIP_S)
+    # Of four seeds the worst have 0.74 and 32: a client that misses its turn waits for a second round.
     assert min(commits) > 0.7 * max(commits)
     assert waits[int(len(waits) * 0.99)] < 40
     assert waits[len(waits) // 2] < 15
