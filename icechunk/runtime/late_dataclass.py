@@ -4,8 +4,9 @@ The standard library compiles about five methods of a dataclass when it defines 
 package has hundreds of dataclasses, of which a program uses a few dozen: compiling all of them took 40 % of the time
 from the start of a process to an open repository. Here a class gets its slots at once, and a placeholder for each
 attribute that the standard library's decorator adds. The first look-up of a placeholder lets that decorator make the
-attribute, and it replaces the placeholder: from then on it is the one that the standard library makes. What instances
-need to be made and read is made at one time; what compares, hashes and shows them at another.
+attribute, and it replaces the placeholder: from then on it is the one that the standard library makes. The attributes
+that make and read instances are made together, and those that compare, hash and show them together. A method of such a
+class names its class in ``super(…)``: without arguments it would mean the class before the slots were made.
 
 For type checkers this is the decorator of the standard library. `dataclasses.field`, ``fields``, ``replace`` and the
 rest work as they do there. An error in a definition, such as a field without a default after one with a default, is

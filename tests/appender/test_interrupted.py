@@ -162,8 +162,9 @@ async def test_labels_that_are_read_while_a_commit_leaves_rows_out_are_those_of_
         await flushing
         assert putting.result() == "buffered"
         assert await appender.put(plain(-16, 1)) == "skipped"
-        with pytest.raises(InvalidInputError, match="is not there"):
+        with pytest.raises(InvalidInputError) as caught:
             await appender.put(plain(-20, 1))
+        assert "-20" in str(caught.value)
     assert await values(repo) == list(range(-16, -11))
 
 
