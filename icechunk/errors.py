@@ -415,12 +415,24 @@ class ConflictError(IcechunkError):
 
 
 def branch_moved(expected: str | None, actual: str | None) -> ConflictError:
-    """The error for a commit whose branch has moved, given ids of snapshots; see `ConflictError`."""
+    """The error for a commit whose branch has moved, given ids of snapshots, or None where the tip is not known; see
+    `ConflictError`."""
+    tip = "the branch has moved" if actual is None else f"the branch is at {actual} now"
     return ConflictError(
         expected,
         actual,
-        f"cannot commit: the session is based on snapshot {expected}, but the branch is at {actual} now; open a new "
-        "session on the branch, or rebase",
+        f"cannot commit: the session is based on snapshot {expected}, but {tip}; open a new session on the "
+        "branch, or rebase",
+    )
+
+
+def branch_deleted(expected: str) -> ConflictError:
+    """The error for a commit whose branch was deleted, given the id of the session's snapshot; see `ConflictError`."""
+    return ConflictError(
+        expected,
+        None,
+        f"cannot commit: the branch of the session, which is based on snapshot {expected}, was deleted; create it "
+        "again, or take the changes to another branch",
     )
 
 

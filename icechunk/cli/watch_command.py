@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -41,17 +42,25 @@ def watch(repo: Any, args: argparse.Namespace) -> int:
     events = repo.watch_sync(
         args.branch, since=args.since, idle_s=args.idle, stop_at_end=args.stop_at_end, with_changes=args.changes
     )
+    handled = args.since
     for event in events:
         line = json_codec.dumps(as_json(event)).decode()
         if args.exec:
             done = subprocess.run(args.exec, shell=True, input=f"{line}\n", text=True, check=False)
             if done.returncode:
                 raise Failure(
-                    f"{args.exec!r} ended with status {done.returncode} for event {event.kind} of {event.at}; the "
-                    "events before it were handled: go on with --since and the last token that was printed"
+                    f"{args.exec!r} ended with status {done.returncode} for event {event.kind} of {event.at}; "
+                    f"{_how_to_go_on(handled)}"
                 )
         print(line if args.json else _as_text(event), flush=True)
+        handled = event.token
     return 0
+
+
+def _how_to_go_on(token: str | None) -> str:
+    if token is None:
+        return "no event before it was handled, so there is no token to go on with: --since '' begins with the oldest"
+    return f"the events before it were handled: go on with --since {shlex.quote(token)}"
 
 
 def as_json(event: RepositoryEvent) -> dict[str, Any]:

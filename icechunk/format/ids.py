@@ -11,6 +11,7 @@ from icechunk.errors import ErrorKind, InvalidInputError
 
 __all__ = [
     "FIRST_SNAPSHOT",
+    "ID_CHARACTERS",
     "NodeId",
     "ObjectId",
     "decode_id",
@@ -26,6 +27,8 @@ NodeId = NewType("NodeId", bytes)
 """8 bytes: a group or array, for its whole life, through moves and changes of metadata."""
 
 _OBJECT_ID_BYTES: Final = 12
+ID_CHARACTERS: Final = 20
+"""Characters of the text of an `ObjectId`."""
 _ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _VALUES: Final = {c: i for i, c in enumerate(_ALPHABET)}
 _NO_VALUE: Final = 255
@@ -98,9 +101,16 @@ def decode_id(text: str, size: int) -> bytes:
     except KeyError:
         raise InvalidInputError(f"invalid id {text!r}: not Crockford base32", ErrorKind.INVALID_SNAPSHOT_ID) from None
     spare = chars * 5 - bits
-    if len(text) != chars or number & ((1 << spare) - 1):
+    if len(text) != chars:
         raise InvalidInputError(
-            f"invalid id {text!r}: {chars} characters of Crockford base32 expected", ErrorKind.INVALID_SNAPSHOT_ID
+            f"invalid id {text!r}: {chars} characters of Crockford base32 expected, not {len(text)}",
+            ErrorKind.INVALID_SNAPSHOT_ID,
+        )
+    if number & ((1 << spare) - 1):
+        raise InvalidInputError(
+            f"invalid id {text!r}: the last character of an id cannot be {text[-1]!r}; look whether the id was copied "
+            "right",
+            ErrorKind.INVALID_SNAPSHOT_ID,
         )
     return (number >> spare).to_bytes(size)
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from icechunk.config import RepositoryConfig
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.format.ids import ObjectId, object_id_from_text
+from icechunk.format.ids import ID_CHARACTERS, ObjectId, object_id_from_text
 from icechunk.format.values import Snapshot, TransactionLog
 from icechunk.log.repository.port import Layout
 from icechunk.log.repository.ref_files.layout import needs_format_2
@@ -130,6 +130,12 @@ class RepositoryBase:
         return f"icechunk.Repository (v{1 if self._core.layout is Layout.REFS else 2})"
 
 
+def require_at_most_one(branch: str | None, tag: str | None, snapshot_id: str | None) -> None:
+    """Refuse more than one name of a version. Raises `InvalidInputError`."""
+    if sum(name is not None for name in (branch, tag, snapshot_id)) > 1:
+        raise InvalidInputError("give at most one of branch, tag and snapshot_id", ErrorKind.INVALID_SETTING)
+
+
 def select(
     state: RepoState, *, branch: str | None = None, tag: str | None = None, snapshot_id: str | None = None
 ) -> ObjectId:
@@ -137,15 +143,35 @@ def select(
 
     Raises
     ------
-    ValueError
-        None of them is given, or more than one.
+    InvalidInputError
+        None of them is given, or more than one (kind ``invalid-setting``).
     RefNotFoundError, SnapshotNotFoundError
         There is no such thing.
     """
     if sum(name is not None for name in (branch, tag, snapshot_id)) != 1:
-        raise ValueError("exactly one of branch, tag and snapshot_id must be given")
+        raise InvalidInputError("exactly one of branch, tag and snapshot_id must be given", ErrorKind.INVALID_SETTING)
     if branch is not None:
         return state.branch_tip(branch)
     if tag is not None:
         return state.tag_target(tag)
-    return require_snapshot(state, object_id_from_text(snapshot_id or "")).id
+    return require_snapshot(state, snapshot_id_from_text("snapshot_id", snapshot_id or "")).id
+
+
+def snapshot_id_from_text(name: str, text: str) -> ObjectId:
+    """The id of a snapshot, given as the argument ``name``.
+
+    Raises
+    ------
+    InvalidInputError
+        The text is no id, as the name of a branch is not (kind ``invalid-snapshot-id``).
+    """
+    try:
+        return object_id_from_text(text)
+    except InvalidInputError as error:
+        if not isinstance(text, str) or len(text) == ID_CHARACTERS:
+            raise
+        raise InvalidInputError(
+            f"{name} must be the id of a snapshot, not {text!r:.60}: look the name of a branch or tag up with "
+            "lookup_branch or lookup_tag",
+            ErrorKind.INVALID_SNAPSHOT_ID,
+        ) from error

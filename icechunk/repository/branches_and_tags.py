@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from icechunk.format.ids import encode_id, object_id_from_text
+from icechunk.format.ids import encode_id
 from icechunk.log.repository.events import (
     BranchCreated,
     BranchDeleted,
@@ -17,7 +17,7 @@ from icechunk.log.repository.events import (
     validate_tag_name,
 )
 from icechunk.log.repository.state import RepoState
-from icechunk.repository.base import RepositoryBase
+from icechunk.repository.base import RepositoryBase, snapshot_id_from_text
 from icechunk.repository.views import require_feature
 from icechunk.runtime.twins import synchronous
 
@@ -40,7 +40,7 @@ class BranchesAndTags(RepositoryBase):
             The name, or the id, is not one.
         """
         validate_branch_name(branch)
-        await self._append(BranchCreated(name=branch, snapshot=object_id_from_text(snapshot_id)))
+        await self._append(BranchCreated(name=branch, snapshot=snapshot_id_from_text("snapshot_id", snapshot_id)))
 
     create_branch: Final = synchronous(create_branch_async)
 
@@ -77,8 +77,9 @@ class BranchesAndTags(RepositoryBase):
         RefNotFoundError, SnapshotNotFoundError
             There is no such branch, or snapshot.
         """
-        expected = None if from_snapshot_id is None else object_id_from_text(from_snapshot_id)
-        await self._append(BranchReset(name=branch, snapshot=object_id_from_text(snapshot_id), expected=expected))
+        expected = None if from_snapshot_id is None else snapshot_id_from_text("from_snapshot_id", from_snapshot_id)
+        snapshot = snapshot_id_from_text("snapshot_id", snapshot_id)
+        await self._append(BranchReset(name=branch, snapshot=snapshot, expected=expected))
 
     reset_branch: Final = synchronous(reset_branch_async)
 
@@ -111,7 +112,8 @@ class BranchesAndTags(RepositoryBase):
             The name, or the id, is not one.
         """
         validate_tag_name(tag)
-        await self._append(TagCreated(name=tag, snapshot=object_id_from_text(snapshot_id)), feature="create_tag")
+        snapshot = snapshot_id_from_text("snapshot_id", snapshot_id)
+        await self._append(TagCreated(name=tag, snapshot=snapshot), feature="create_tag")
 
     create_tag: Final = synchronous(create_tag_async)
 

@@ -23,7 +23,7 @@ from icechunk.format.snapshot.nodes import with_ids
 from icechunk.format.values import NodeKind, NodeSnapshot, Snapshot, TransactionLog
 from icechunk.log.session.extents import volume
 from icechunk.log.session.merge.diff import net_diff
-from icechunk.repository.base import RepositoryBase, select
+from icechunk.repository.base import RepositoryBase, require_at_most_one, select, snapshot_id_from_text
 from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import Described
 from icechunk.runtime.twins import synchronous
@@ -147,7 +147,7 @@ class Changes(RepositoryBase):
         """
         for name, id in (("since", since), ("until", until)):
             if id is not None:
-                _require_snapshot_id(name, id)
+                snapshot_id_from_text(name, id)
         first = object_id_from_text(since)
         state = await self._core.state(since)
         select(state, snapshot_id=since)
@@ -365,6 +365,7 @@ class Changes(RepositoryBase):
         return numbers, logs
 
     async def _version(self, branch: str | None, tag: str | None, snapshot_id: str | None) -> tuple[ObjectId, Snapshot]:
+        require_at_most_one(branch, tag, snapshot_id)
         if branch is tag is snapshot_id is None:
             branch = "main"
         state = await self._core.state(snapshot_id, branch=branch, tag=tag)
@@ -479,18 +480,6 @@ def _regular_chunk_shape(node: NodeSnapshot) -> tuple[int, ...] | None:
     except (ValueError, KeyError, TypeError):
         return None
     return shape if shape is not None and len(shape) == len(node.shape) else None
-
-
-def _require_snapshot_id(name: str, id: str) -> None:
-    """Refuse a text that is no id, as the name of a branch is not."""
-    try:
-        object_id_from_text(id)
-    except InvalidInputError as error:
-        raise InvalidInputError(
-            f"{name} must be the id of a snapshot, not {id!r:.60}: look the name of a branch or tag up with "
-            "lookup_branch or lookup_tag",
-            ErrorKind.INVALID_SNAPSHOT_ID,
-        ) from error
 
 
 def _box(region: Region, grid: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import Final
 
-from icechunk.format.ids import object_id_from_text
 from icechunk.log.repository.state import require_snapshot
 from icechunk.log.session.merge.diff import diff as diff_transactions
 from icechunk.ops import Update
-from icechunk.repository.base import RepositoryBase, select
+from icechunk.repository.base import RepositoryBase, select, snapshot_id_from_text
 from icechunk.repository.views import lineage_infos, manifest_file, snapshot_info, update
 from icechunk.runtime.twins import run_sync, synchronous
 from icechunk.snapshots import Diff, ManifestFileInfo, SnapshotInfo
@@ -63,13 +62,14 @@ class History(RepositoryBase):
 
     async def lookup_snapshot_async(self, snapshot_id: str) -> SnapshotInfo:
         """A snapshot's entry in the history. Raises `SnapshotNotFoundError`."""
-        return snapshot_info(require_snapshot(await self._core.state(snapshot_id), object_id_from_text(snapshot_id)))
+        id = snapshot_id_from_text("snapshot_id", snapshot_id)
+        return snapshot_info(require_snapshot(await self._core.state(snapshot_id), id))
 
     lookup_snapshot: Final = synchronous(lookup_snapshot_async)
 
     async def list_manifest_files_async(self, snapshot_id: str) -> list[ManifestFileInfo]:
         """The manifest objects that a snapshot uses, ascending by id. Raises `SnapshotNotFoundError`."""
-        snapshot = await self._core.assets.snapshot(object_id_from_text(snapshot_id))
+        snapshot = await self._core.assets.snapshot(snapshot_id_from_text("snapshot_id", snapshot_id))
         return [manifest_file(file) for file in snapshot.manifest_files.values()]
 
     list_manifest_files: Final = synchronous(list_manifest_files_async)
@@ -99,7 +99,7 @@ class History(RepositoryBase):
         state = await self._core.state(from_snapshot_id, branch=from_branch, tag=from_tag)
         start = select(state, branch=from_branch, tag=from_tag, snapshot_id=from_snapshot_id)
         if to_snapshot_id is not None:
-            state = await self._core.learn(object_id_from_text(to_snapshot_id))
+            state = await self._core.learn(snapshot_id_from_text("to_snapshot_id", to_snapshot_id))
         end = select(state, branch=to_branch, tag=to_tag, snapshot_id=to_snapshot_id)
         return Diff.of(diff_transactions(*await self._between(start, end)))
 

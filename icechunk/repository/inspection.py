@@ -20,7 +20,7 @@ from icechunk.inspection.description import (
 )
 from icechunk.inspection.drawing import AncestryGraph, lay_out
 from icechunk.log.repository.state import MAIN, to_repo_info
-from icechunk.repository.base import RepositoryBase, select
+from icechunk.repository.base import RepositoryBase, require_at_most_one, select, snapshot_id_from_text
 from icechunk.runtime.twins import synchronous
 from icechunk.transfer.assets import off_loop
 
@@ -89,7 +89,7 @@ class Inspection(RepositoryBase):
         InvalidInputError, ObjectNotFoundError
             As in `inspect_snapshot_async`. The first snapshot of a repository of format 1 has no such file.
         """
-        record = (await self._core.state()).snapshots.get(object_id_from_text(snapshot_id))
+        record = (await self._core.state()).snapshots.get(snapshot_id_from_text("snapshot_id", snapshot_id))
         describe = describe_transaction_log
         if record is not None and record.pruned_ancestor_tx_logs:
             ancestors = [(id, await self._transaction_log(id)) for id in record.pruned_ancestor_tx_logs]
@@ -112,7 +112,8 @@ class Inspection(RepositoryBase):
         describe: Callable[[bytes, ObjectId], dict[str, Any]],
         missing: type[SnapshotNotFoundError] | type[ObjectNotFoundError],
     ) -> dict[str, Any]:
-        id = object_id_from_text(text)
+        is_manifest = key is manifest_key
+        id = object_id_from_text(text) if is_manifest else snapshot_id_from_text("snapshot_id", text)
         try:
             data = await self._core.assets.file(key(id))
         except ObjectNotFoundError as error:
@@ -172,11 +173,12 @@ class Inspection(RepositoryBase):
 
         Raises
         ------
-        ValueError
-            More than one of the three is given.
+        InvalidInputError
+            More than one of the three is given (kind ``invalid-setting``).
         RefNotFoundError, SnapshotNotFoundError
             There is no such thing.
         """
+        require_at_most_one(branch, tag, snapshot_id)
         state = await self._core.state(snapshot_id, branch=branch, tag=tag)
         main = None
         if branch is None and tag is None and snapshot_id is None:

@@ -265,6 +265,8 @@ class Sessions(RepositoryBase):
         CommitOutcomeUnknown
             The outcome can no longer be found out; look whether the change is there. For a commit only while an upgrade
             is unfinished.
+        WrongTypeError
+            ``token`` is not the token of a `CommitOutcomeUnknown`.
         SessionStateError
             The repository was converted to another layout since it was opened: open it again. Or ``token`` is None, as
             `Session.unsettled_commit` is once the session knows the outcome.
@@ -276,6 +278,7 @@ class Sessions(RepositoryBase):
                 "nothing is left to settle: the session knows the outcome of its commit. If the session is read-only, "
                 "the commit landed; else commit again"
             )
+        require_type("token", token, SwapToken)
         return await (await self._core.log()).settle(token)
 
     settle: Final = synchronous(settle_async)

@@ -148,6 +148,7 @@ class Watching(Changes):
             )
         if since is not None:
             require_type("since", since, str)
+        require_type("branch", branch, str, optional=True)
         log = await self._core.log()
         follower = _RefsFollower(log) if log.layout is Layout.REFS else _OpsFollower(log, branch or "main")
         await follower.begin(since)
@@ -494,8 +495,9 @@ _MOST_TOKEN_BYTES: Final = 64 * 1024 * 1024
 
 def _malformed(token: str) -> InvalidInputError:
     return InvalidInputError(
-        f"{token[:60]!r} is no token of a feed of this layout: tokens come from RepositoryEvent.token, and an upgrade "
-        "to another format begins a new feed; leave `since` out to begin now, or give the empty text for the oldest",
+        f"{token[:60]!r} is no token of a feed of this layout: tokens are those of events (RepositoryEvent.token, or "
+        "`icechunk watch --json`), and an upgrade to another format begins a new feed; leave `since` (--since) out to "
+        "begin now, or give the empty text for the oldest",
         ErrorKind.INVALID_SETTING,
     )
 

@@ -19,7 +19,14 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from icechunk.conflicts import ConflictSolver, RebaseFailedError
-from icechunk.errors import ConflictError, ErrorKind, SessionEndedError, SessionStateError, branch_moved
+from icechunk.errors import (
+    ConflictError,
+    ErrorKind,
+    SessionEndedError,
+    SessionStateError,
+    branch_deleted,
+    branch_moved,
+)
 from icechunk.format.by_node import num_rows
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
@@ -381,8 +388,10 @@ class _Proposal(Proposal):
 
 def _require_tip(state: RepoState, branch: str, base: ObjectId) -> None:
     tip = state.branches.get(branch)
+    if tip is None:
+        raise branch_deleted(encode_id(base))
     if tip != base:
-        raise branch_moved(encode_id(base), None if tip is None else encode_id(tip))
+        raise branch_moved(encode_id(base), encode_id(tip))
 
 
 async def _write(

@@ -280,7 +280,8 @@ async def _require_open(core: Core, persisted: Persisted) -> None:
 def unknown_error(session: ObjectId) -> SessionNotFoundError:
     """The error for an id without segments."""
     return SessionNotFoundError(
-        f"no session {encode_id(session)} is persisted in this repository; Repository.sessions lists those that are"
+        f"no session {encode_id(session)} is persisted in this repository; those that are: Repository.sessions, or "
+        "`icechunk session list URL`"
     )
 
 

@@ -32,7 +32,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.ids import object_id_from_text
-from icechunk.runtime.checks import require_type
+from icechunk.runtime.checks import WrongTypeError, require_type
 from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.representation import redacted_url
 from icechunk.storage.aliases import Aliases, aliases_path
@@ -182,6 +182,8 @@ def storage_from_url(url: str | os.PathLike[str], storage_options: Mapping[str, 
 
 def storage_at(url: RepositoryUrl, storage_options: Mapping[str, Any] | None = None) -> Storage:
     """The storage of a parsed URL; its version and path do not matter. Errors are those of `storage_from_url`."""
+    if storage_options is not None:
+        require_type("storage_options", storage_options, Mapping)
     options = dict(storage_options or {})
     place = url.place
     scheme, separator, _ = place.partition(":")
@@ -195,10 +197,10 @@ def storage_at(url: RepositoryUrl, storage_options: Mapping[str, Any] | None = N
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     match parts.scheme:
         case "s3" | "s3a":
-            _require(place, parts.netloc, "bucket")
+            _require_bucket(place, parts.netloc)
             return _made(place, s3_storage, query, options, bucket=parts.netloc, prefix=prefix or None)
         case "gs" | "gcs":
-            _require(place, parts.netloc, "bucket")
+            _require_bucket(place, parts.netloc)
             return _made(place, gcs_storage, query, options, bucket=parts.netloc, prefix=prefix or None)
         case "az" | "azure" | "adl" | "abfs" | "abfss":
             container, at, host = parts.netloc.partition("@")
@@ -219,7 +221,8 @@ def storage_at(url: RepositoryUrl, storage_options: Mapping[str, Any] | None = N
             return _made(place, http_storage, {}, options, base_url=place)
         case "file":
             if parts.netloc not in ("", "localhost"):
-                _refuse(place, f"its host {parts.netloc!r} is another machine: file:///folder has three slashes")
+                host = parts.netloc.rpartition("@")[2]
+                _refuse(place, f"its host {host!r} is another machine: file:///folder has three slashes")
             # Here, because it brings a client of HTTP and a parser of mail with it.
             from urllib.request import url2pathname
 
@@ -249,7 +252,13 @@ def _made(
     unknown = (set(query) | set(options)) - known
     if unknown:
         _refuse_options(place, unknown, known)
-    return make(**{name: _typed(make, name, value) for name, value in query.items()} | dict(options) | arguments)
+    given = {name: _typed(make, name, value) for name, value in query.items()} | dict(options) | arguments
+    try:
+        return make(**given)
+    except InvalidInputError:
+        raise
+    except TypeError as error:
+        raise WrongTypeError(f"{redacted_url(place)!r}: {error}", ErrorKind.INVALID_SETTING) from error
 
 
 def _typed(make: Callable[..., Storage], name: str, value: str) -> Any:
@@ -267,6 +276,17 @@ def _typed(make: Callable[..., Storage], name: str, value: str) -> Any:
 def _require(url: str, found: str, what: str) -> None:
     if not found:
         _refuse(url, f"it names no {what}")
+
+
+def _require_bucket(url: str, found: str) -> None:
+    """Refuse a URL without bucket, or with a key before it: a name of a bucket is shown in errors."""
+    if "@" in found:
+        _refuse(
+            url,
+            "no user, password or key may stand before the bucket: give credentials as storage_options or by the "
+            "environment, and replace the key if this URL was kept anywhere",
+        )
+    _require(url, found, "bucket")
 
 
 def _refuse(url: str, reason: str, cause: Exception | None = None) -> NoReturn:

@@ -62,6 +62,10 @@ def test_a_command_gets_each_event_and_a_failing_one_ends_the_watch(
     capsys.readouterr()
     assert main(["watch", place, "--since", "", "--stop-at-end", "--exec", "exit 3"]) == 1
     assert capsys.readouterr().out == ""
+    # Without --json no token is printed: the error has the last one that was handled.
+    until = f"grep -vq {json.loads(log.read_text().splitlines()[-1])['token']}"
+    assert main(["watch", place, "--since", "", "--stop-at-end", "--branch", "main", "--exec", until]) == 1
+    assert json.loads(log.read_text().splitlines()[-2])["token"] in capsys.readouterr().err
 
 
 def test_a_branch_that_does_not_exist_is_noted_beside_the_output(

@@ -11,7 +11,14 @@ import zarr
 
 import icechunk
 from icechunk.config import EngineConfig
-from icechunk.errors import FormatError, InvalidInputError, ObjectNotFoundError, RefNotFoundError, SnapshotNotFoundError
+from icechunk.errors import (
+    ErrorKind,
+    FormatError,
+    InvalidInputError,
+    ObjectNotFoundError,
+    RefNotFoundError,
+    SnapshotNotFoundError,
+)
 from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import manifest_key, snapshot_key, transaction_key
 from icechunk.runtime.about import VERSION
@@ -195,8 +202,11 @@ async def test_a_flushed_snapshot_is_drawn_when_it_is_asked_for(asked: int | Non
 
 async def test_drawing_nothing_that_exists_is_refused() -> None:
     repo = await icechunk.Repository.create_async(MemoryStorage())
-    with pytest.raises(ValueError, match="exactly one of"):  # words: it has no kind
+    with pytest.raises(InvalidInputError) as caught:
         await repo.ancestry_graph_async(branch="main", tag="x")
+    assert caught.value.kind == ErrorKind.INVALID_SETTING
+    with pytest.raises(InvalidInputError):
+        await repo.coverage_async("a", branch="main", tag="x")
     with pytest.raises(RefNotFoundError):
         await repo.ancestry_graph_async(branch="nope")
     with pytest.raises(RefNotFoundError):

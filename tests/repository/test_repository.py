@@ -567,3 +567,21 @@ async def test_a_session_that_knows_its_outcome_leaves_nothing_to_settle() -> No
     assert session.unsettled_commit is None
     with pytest.raises(SessionStateError):
         await repo.settle_async(session.unsettled_commit)
+
+
+def test_what_is_no_id_and_no_token_is_refused() -> None:
+    repo = Repository.create(MemoryStorage())
+    for call in (
+        lambda: repo.create_tag("v1", "main"),
+        lambda: repo.create_branch("dev", "main"),
+        lambda: repo.inspect_snapshot("main"),
+        lambda: repo.inspect_snapshot("1CECHNKREP0F1RSTCMT1"),
+        lambda: repo.lookup_snapshot("main"),
+    ):
+        with pytest.raises(InvalidInputError) as caught:
+            call()
+        assert caught.value.kind == ErrorKind.INVALID_SNAPSHOT_ID
+    for other in (lambda: repo.settle("x"), lambda: list(repo.watch_sync(5, stop_at_end=True))):  # type: ignore[arg-type]
+        with pytest.raises(InvalidInputError) as caught:
+            other()
+        assert caught.value.kind == ErrorKind.INVALID_SETTING

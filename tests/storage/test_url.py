@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -122,3 +123,22 @@ def test_every_name_can_be_written(name: str) -> None:
 
     assert parse_url(f"x|icechunk:@branch.{quote(name, safe='')}").branch == name
     assert parse_url(f"x|icechunk:{quote(name, safe='')}").path == name
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://KEY:SECRET@b/x", "s3a://KEY@b/x", "gs://KEY:SECRET@b/x", "file://KEY:SECRET@b/x"]
+)
+def test_a_key_before_a_bucket_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        storage_from_url(url)
+    assert caught.value.kind == ErrorKind.CANNOT_PARSE_URL
+    assert "SECRET" not in str(caught.value)
+    assert "KEY" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"region": 5}, "x", 5])
+def test_options_of_a_wrong_type_are_refused_like_unknown_ones(options: Any) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        storage_from_url("s3://b/x", options)
+    assert caught.value.kind == ErrorKind.INVALID_SETTING
+    assert isinstance(caught.value, TypeError)

@@ -663,7 +663,7 @@ def _require_new_id(state: RepoState, id: ObjectId) -> None:
 def _require_fresh_files(state: RepoState, since_us: int | None) -> None:
     if state.gc_cutoff_us and (since_us is None or since_us < state.gc_cutoff_us):
         raise SessionStateError(
-            "cannot commit: garbage collected since the session's first upload may have deleted some of its files; "
+            "cannot commit: a collection since the session's first upload may have deleted some of its files; "
             "repeat the work in a new session",
             ErrorKind.COMMIT_NOT_ALLOWED,
         )

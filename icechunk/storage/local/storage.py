@@ -704,9 +704,11 @@ class LocalStorage(Storage):
         try:
             yield
         except OSError as error:
+            remedy = _remedy(error.errno)
+            if verb == "create" and error.errno == errno.ENOENT:
+                remedy = f"; the folder {error.filename or self._root!r} cannot be made: choose another path"
             trouble = StorageError(
-                f"cannot {verb} {key!r} in {self.describe()}: {error.strerror or error}{_remedy(error.errno)}",
-                ErrorKind.IO,
+                f"cannot {verb} {key!r} in {self.describe()}: {error.strerror or error}{remedy}", ErrorKind.IO
             )
             if writes and error.errno in _REFUSED:
                 raise refused(trouble) from error

@@ -310,5 +310,19 @@ async def _not_found(storage: Storage) -> RepositoryNotFoundError:
             f"the repository doesn't exist in format 2 in {storage.describe()}, but in format 1: open it as such"
         )
     return RepositoryNotFoundError(
-        f"the repository doesn't exist: none in {storage.describe()}; check bucket and prefix, or create one there"
+        f"the repository doesn't exist: none in {storage.describe()}; check the {_parts_of(storage)}, or create one "
+        "there"
     )
+
+
+def _parts_of(storage: Storage) -> str:
+    """The parts of a location that a user may have written wrong."""
+    match storage.describe().partition(":")[0]:
+        case "file":
+            return "path"
+        case "memory":
+            return "storage"
+        case "http" | "https":
+            return "address"
+        case _:
+            return "bucket and prefix"
