@@ -20,13 +20,14 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, SnapshotNotFoundError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id, object_id_from_text
 from icechunk.format.repo import repo_info as stored
 from icechunk.log.repository.port import Layout, RepositoryLog
-from icechunk.log.repository.state import RepoState
+from icechunk.log.repository.state import RepoState, is_rewritten_as
 from icechunk.repository.changes import ChangedRegions, Changes
 from icechunk.repository.views import snapshot_info, update
 from icechunk.runtime import json_codec
@@ -54,7 +55,8 @@ class EventKind(StrEnum):
     """The repository was created, or came from format 1."""
     COMMIT = "commit"
     AMEND = "amend"
-    """A commit replaced the tip of a branch: ``previous_snapshot_id`` is the tip that it replaced."""
+    """A commit replaced the tip of a branch: ``previous_snapshot_id`` is the tip that it replaced. Or a collection
+    wrote the tip again, with the same contents."""
     DETACHED = "detached"
     """A snapshot that no branch moved to (`Session.flush`)."""
     BRANCH_CREATED = "branch-created"
@@ -95,8 +97,9 @@ class RepositoryEvent(Described):
     snapshot: SnapshotInfo | None = None
     """Message, metadata, time and parent of ``snapshot_id``; None where it has expired since."""
     changes: ChangedRegions | None = None
-    """The arrays and chunks that a commit changed, or an amendment together with what it replaced; None unless
-    ``with_changes`` asks for it, and where a snapshot or transaction log in between no longer exists."""
+    """The arrays and chunks that a commit changed, or an amendment together with what it replaced (those since the
+    parent; none where a collection wrote the tip again and the former one still exists); None unless ``with_changes``
+    asks for it, and where a snapshot or transaction log in between no longer exists."""
     detail: Any = None
     """The line of the ops log (`icechunk.Update`); None in format 1 and for a gap."""
 
@@ -181,6 +184,9 @@ class Watching(Changes):
     async def _with_changes(self, event: RepositoryEvent) -> RepositoryEvent:
         before = event.previous_snapshot_id
         if event.kind is EventKind.AMEND:
+            if await self._is_rewriting(event):
+                none = ChangedRegions(since=before or "", until=event.snapshot_id or "", arrays=MappingProxyType({}))
+                return replace(event, changes=none)
             before = None if event.snapshot is None else event.snapshot.parent_id
         elif event.kind is not EventKind.COMMIT:
             return event
@@ -194,6 +200,13 @@ class Watching(Changes):
             if error.kind != ErrorKind.BAD_SNAPSHOT_CHAIN_FOR_DIFF:
                 raise
             return event
+
+    async def _is_rewriting(self, event: RepositoryEvent) -> bool:
+        """Whether a collection wrote the snapshot again, with the same content, and the former one still says so."""
+        if event.previous_snapshot_id is None or event.snapshot_id is None:
+            return False
+        former = object_id_from_text(event.previous_snapshot_id)
+        return is_rewritten_as(await self._core.learn(former), former, object_id_from_text(event.snapshot_id))
 
 
 class _OpsFollower:

@@ -163,6 +163,36 @@ async def test_replaced_snapshots_stay_readable_where_the_past_is_collected(vers
     np.testing.assert_array_equal(await read(await icechunk.Repository.open_async(storage)), expected())
 
 
+@pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
+async def test_a_consumer_of_the_feed_has_nothing_to_do_for_a_rewritten_snapshot(version: int | None) -> None:
+    storage = AgedStorage(MemoryStorage())
+    repo = await window(storage, version)
+    tip = await repo.lookup_branch_async("main")
+    token = [event async for event in repo.watch(since="", stop_at_end=True)][-1].token
+    await repo.expire_snapshots_async(ago(days=-1))
+    assert (await repo.garbage_collect_async(ago(hours=1))).snapshots_rewritten
+
+    async def amended() -> list[Any]:
+        fresh = await icechunk.Repository.open_async(storage)
+        events = fresh.watch("main", since=token, stop_at_end=True, with_changes=True)
+        return [event async for event in events if event.kind == "amend"]
+
+    (event,) = await amended()
+    new = await repo.lookup_branch_async("main")
+    assert (event.previous_snapshot_id, event.snapshot_id) == (tip, new)
+    assert event.changes is not None
+    assert (event.changes.since, event.changes.until, list(event.changes)) == (tip, new, [])
+    assert (event.changes.deleted, event.changes.moved) == ((), ())
+    # An amendment of the rewritten snapshot by a user is told in full.
+    session = await repo.writable_session_async("main")
+    await session.store.delete("a/c/0")
+    await session.amend_async("the first record goes")
+    assert [[c.path for c in event.changes] for event in await amended()] == [[], ["/a"]]
+    # Once the former snapshot is collected, the two kinds cannot be told apart: changes are those since the parent.
+    await repo.garbage_collect_async(ago())
+    assert all(event.changes is None or event.changes.since != tip for event in await amended())
+
+
 @by_layout
 async def test_dead_rows_leave_a_manifest_that_serves_another_array(version: int | None) -> None:
     storage = MemoryStorage()

@@ -298,7 +298,9 @@ async def test_an_amended_commit_names_the_snapshot_it_replaced() -> None:
 
 def test_the_page_about_the_feed_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "feed.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {"__name__": "__main__"}
     for source in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
-        exec(compile(source, "docs/feed.md", "exec"), {"__name__": "__main__"})
+        exec(compile(source, "docs/feed.md", "exec"), names)
     out = capsys.readouterr().out
     assert "two days /sst [{'time': slice(1, 3, None), 'x': slice(0, 6, None)}]" in out
+    assert re.findall(r"commit \((\d), array\(\[\[(\d)", out) == [("0", "0"), ("2", "1")]

@@ -55,6 +55,7 @@ __all__ = [
     "apply",
     "from_repo_info",
     "initial_state",
+    "is_rewritten_as",
     "reparented",
     "require_snapshot",
     "require_storable",
@@ -773,13 +774,23 @@ _OURS: Final = "__icechunk"
 def rewritten_as(state: RepoState, id: ObjectId) -> ObjectId:
     """The snapshot that has a snapshot's content now: itself, or its replacement while the graph still names it."""
     for _ in range(len(state.snapshots)):
-        record = state.snapshots.get(id)
-        noted = None if record is None else record.metadata.get(_OURS)
-        text = noted.get(REWRITTEN_AS) if isinstance(noted, Mapping) else None
-        if not isinstance(text, str):
+        text = _replacement(state, id)
+        if text is None:
             break
         id = object_id_from_text(text)
     return id
+
+
+def is_rewritten_as(state: RepoState, id: ObjectId, other: ObjectId) -> bool:
+    """Whether a collection replaced a snapshot, which the graph still names, by this other one of the same content."""
+    return _replacement(state, id) == encode_id(other)
+
+
+def _replacement(state: RepoState, id: ObjectId) -> str | None:
+    record = state.snapshots.get(id)
+    noted = None if record is None else record.metadata.get(_OURS)
+    text = noted.get(REWRITTEN_AS) if isinstance(noted, Mapping) else None
+    return text if isinstance(text, str) else None
 
 
 def _rewritten(state: RepoState, event: e.SnapshotsRewritten, now_us: int, since_us: int | None) -> RepoState:
