@@ -80,7 +80,7 @@ class AppenderStats:
     bytes_buffered: int
     """Their size, as it is in memory; on a local disk some are written already."""
     rows_committed: int
-    """Rows that this appender committed."""
+    """Rows that this appender committed, those among them that replaced stored ones; not those before the first."""
     commits: int
     """Commits that it made."""
     placed_again: int
@@ -193,6 +193,8 @@ class Appender:
         self._on_duplicate, self._gaps, self._keep, self._message = on_duplicate, gaps, keep, message
         for name, text in (("branch", branch), ("source", source), ("message", message)):
             require_text(name, text)
+        if not source:
+            raise InvalidInputError("source is the name of the rows' source, not empty", ErrorKind.INVALID_SETTING)
         self._begin_at = None if begin_at is None else valid_offset(begin_at)
         self._place = place
         self._owner = secrets.token_hex(8)
@@ -214,9 +216,12 @@ class Appender:
         self._turn_given_s = -math.inf
         self._tip_expected_s = -math.inf
         """Time at which this appender's commit was the tip (`time.monotonic`)."""
-        self._error: BaseException | None = None
-        self._refused: InvalidInputError | None = None
-        """Rows that could not be stored beside another writer's, and that no caller has been told of."""
+        self._error: SessionStateError | None = None
+        """The error that has ended this appender."""
+        self._has_raised_error = False
+        """Whether a caller knows that it has ended."""
+        self._refused: list[str] = []
+        """Rows that could not be stored beside another writer's, and that no caller has been told of; each with why."""
         self._schema = 0
         """Grows whenever the arrays are no longer like those that rows were checked against."""
         self._putting = asyncio.Lock()
@@ -271,7 +276,9 @@ class Appender:
         self._ahead = WriteAhead(self._require_session()._content.core)
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(
+        self, kind: object = None, raised: BaseException | None = None, traceback: object = None
+    ) -> None:
         self._has_left = True
         if self._timer is not None:
             self._timer.cancel()
@@ -279,11 +286,33 @@ class Appender:
         if self._alongside:
             await asyncio.gather(*self._alongside, return_exceptions=True)
         if self._error is None:
-            await self.flush()
+            try:
+                await self.flush()
+            except Exception as error:
+                self._raise_untold(error)
+                raise
         elif self._committing is not None:
             await asyncio.gather(self._committing, return_exceptions=True)
         if self._ahead is not None:
             await asyncio.gather(*self._ahead.cut())
+        self._raise_untold(raised)
+
+    def _raise_untold(self, raised: BaseException | None) -> None:
+        """Raise what no caller knows of yet; where the block has raised already, add it there as a note."""
+        untold: list[Exception] = []
+        if self._error is not None and not self._has_raised_error:
+            untold.append(self._error)
+        if (refused := self._take_refused()) is not None:
+            untold.append(refused)
+        if raised is None and untold:
+            raised = untold.pop(0)
+            for other in untold:
+                raised.add_note(str(other))
+            self._has_raised_error = True
+            raise raised
+        for other in untold:
+            assert raised is not None
+            raised.add_note(str(other))
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
@@ -307,7 +336,9 @@ class Appender:
         -------
         str
             "buffered": they will be committed; "committed": they are; "skipped": the offset was seen before, or all
-            labels were there and ``on_duplicate`` is "skip".
+            labels were there and ``on_duplicate`` is "skip". Rows that replace stored ones are committed at once, by
+            this call, and all buffered ones before them: "committed" also without ``durable``, unless others of these
+            rows are buffered.
 
         Raises
         ------
@@ -325,7 +356,7 @@ class Appender:
             promise = await self._accepted(data, offset)
         if durable:
             await self.flush()
-            return "skipped" if promise == "skipped" else "committed"
+            return "committed" if promise == "buffered" else promise
         if self._rows >= self._max_rows or self._bytes >= self._max_bytes:
             self._commit_soon()
             while self._bytes >= 2 * self._max_bytes and (committing := self._running_commit()) is not None:
@@ -341,8 +372,8 @@ class Appender:
     async def _accepted(self, data: Any, offset: Any) -> Promise:
         """Check rows and buffer them; one call at a time, so that offsets and labels are checked in order."""
         self._require_open()
-        if self._refused is not None:
-            self._raise_refused()
+        if (refused := self._take_refused("the rows of this `put` were not taken: put them again")) is not None:
+            raise refused
         if offset is not None:
             if type(offset) is not int or abs(offset) >= _UNCHECKED_BELOW:
                 offset = valid_offset(offset)
@@ -373,7 +404,9 @@ class Appender:
             self._bytes += batch.num_bytes
             self._oldest_s = self._oldest_s or time.monotonic()
         self._last_offset = self._last_offset if offset is None else offset
-        return "buffered" if batch.rows else "skipped"
+        if batch.rows:
+            return "buffered"
+        return "committed" if batch.replaced else "skipped"
 
     async def flush(self) -> str | None:
         """Commit all buffered rows. Returns the id of the newest snapshot it made; None if nothing was buffered.
@@ -390,7 +423,8 @@ class Appender:
         made: str | None = None
         while self._buffered or self._running_commit() is not None:
             made = await self._wait(self._commit_soon()) or made
-        self._raise_refused()
+        if (refused := self._take_refused()) is not None:
+            raise refused
         return made
 
     async def prepend(self, data: Any) -> str:
@@ -436,6 +470,7 @@ class Appender:
         if self._timer is None:
             raise SessionStateError("the appender is not open: use it as `async with repo.appender(...) as appender`")
         if self._error is not None:
+            self._has_raised_error = True
             raise self._error
 
     def _require_open(self) -> None:
@@ -446,11 +481,13 @@ class Appender:
         if self._timer is None or self._error is not None:
             self._require_usable()
 
-    def _raise_refused(self) -> None:
-        """Tell of rows that were refused as they were committed, once."""
-        refused, self._refused = self._refused, None
-        if refused is not None:
-            raise refused
+    def _take_refused(self, besides: str = "") -> InvalidInputError | None:
+        """The error that tells of rows that were refused as they were committed, once; None where there are none."""
+        if not self._refused:
+            return None
+        told = [*self._refused, "all other rows that were buffered then are stored", besides]
+        self._refused = []
+        return InvalidInputError("; ".join(filter(None, told)), ErrorKind.INVALID_SETTING)
 
     def _is_new(self, offset: Any) -> bool:
         """Whether an offset follows the last one; False: it was seen before, whether its rows are committed or not."""
@@ -459,7 +496,8 @@ class Appender:
             return True
         if type(offset) is not type(last):
             raise InvalidInputError(
-                f"offset {offset!r} is a {type(offset).__name__}, the last one of source {self._source!r} was {last!r}",
+                f"offsets of source {self._source!r} are {'texts' if isinstance(last, str) else 'ints'}, the last one "
+                f"was {last!r}; {offset!r} is none: give offsets of one type, or this source another name",
                 ErrorKind.INVALID_SETTING,
             )
         if offset == last or (self._position is not None and offset <= self._position):
@@ -467,9 +505,12 @@ class Appender:
         if offset < last:
             if any(batch.offset == offset for batch in self._buffered):
                 return False
+            by_characters = ""
+            if isinstance(offset, str):
+                by_characters = "; texts are compared by characters: pad numbers with zeros, or give ints"
             raise InvalidInputError(
                 f"offset {offset!r} of source {self._source!r} goes backwards: {last!r} was put before it; put rows in "
-                "the source's order",
+                f"the source's order{by_characters}",
                 ErrorKind.INVALID_SETTING,
             )
         if self._gaps == "error" and isinstance(offset, int) and offset != last + 1:
@@ -508,6 +549,7 @@ class Appender:
                 # The offset is in the data only with all its rows.
                 offset = batch.offset if late == batch.rows else None
                 await self._replace(labels[:late], {name: v[:late] for name, v in batch.values.items()}, offset)
+                batch.replaced += late
             batch.values = {name: values[late:] for name, values in batch.values.items()}
             batch.rows -= late
             batch.num_bytes = sum(v.nbytes for v in batch.values.values())
@@ -538,16 +580,17 @@ class Appender:
 
     async def _behind_others(
         self, session: Session, target: Target, batches: list[Batch]
-    ) -> tuple[list[Batch], Target]:
+    ) -> tuple[list[Batch], Target, list[str]]:
         """The buffered rows without those whose labels another writer has stored since, and the target as it is then:
         by ``on_duplicate`` the session has these values instead.
 
-        Batches of which a row can neither be stored nor left out are left out whole, and told of.
+        Batches of which a row can neither be stored nor left out are left out whole; the last value tells of them.
         """
         known = await target.labels(session) if target.created else None
         if known is None or not len(known):
-            return batches, target
+            return batches, target, []
         new: list[Batch] = []
+        refused: list[str] = []
         replaced: list[tuple[int, Mapping[str, Any]]] = []
         for batch in batches:
             labels = batch.values[self._dim]
@@ -556,20 +599,19 @@ class Appender:
                 try:
                     self._require_known(target, labels[:late], known)
                 except InvalidInputError as error:
-                    self._refused = InvalidInputError(
-                        f"{batch.rows} rows that were put with offset {batch.offset!r} are not stored, since another "
-                        f"writer was first: {error.message}. All other rows are; rows of the call that raises this "
-                        "are not buffered if it is a put",
-                        ErrorKind.INVALID_SETTING,
+                    refused.append(
+                        f"{_counted(batch.rows, 'row')} put with offset {batch.offset!r} not stored, since another "
+                        f"writer was first: {error.message}"
                     )
                     continue
             if late and self._on_duplicate == "replace":
                 places = np.searchsorted(known, labels[:late]).tolist()
                 replaced += [(p, _row(batch.values, i)) for i, p in enumerate(places)]
             values = {name: v[late:] for name, v in batch.values.items()} if late else batch.values
-            new.append(Batch(rows=batch.rows - late, values=values, offset=batch.offset))
+            replacing = late if self._on_duplicate == "replace" else 0
+            new.append(Batch(rows=batch.rows - late, values=values, offset=batch.offset, replaced=replacing))
         after = await target.replace_rows(session, replaced)
-        return new, after
+        return new, after, refused
 
     async def _known_labels(self, target: Target) -> _Labels:
         """Stored and buffered labels; without a key the last of them alone."""
@@ -612,6 +654,7 @@ class Appender:
                 after = await target.replace_rows(session, rows)
                 made = await self._try_commit(session, self._record(offset, 0))
                 if made is not None:
+                    self._counts.rows += len(rows)
                     self._adopt(after, session, made, offset=offset, rows=0)
                     return made
                 self._counts.placed_again += 1
@@ -647,7 +690,11 @@ class Appender:
 
     async def _wait(self, task: asyncio.Task[str | None]) -> str | None:
         # A caller that is cancelled leaves; the commit goes on.
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except SessionStateError as error:
+            self._has_raised_error |= error is self._error
+            raise
 
     async def _alone(self, commit: Coroutine[Any, Any, str | None]) -> str | None:
         """Make a commit that is not of buffered rows; as any commit it goes on when its caller is cancelled."""
@@ -662,16 +709,15 @@ class Appender:
         batches = list(self._buffered)
         if self._ahead is not None and (writing := self._ahead.cut()):
             await asyncio.wait(writing)
-        told = self._refused
         async with self._turn():
             while True:
                 session = await self._begin()
                 target = self._require_target()
                 await self._have_rows(session, target, batches)
-                new = batches
+                new, refused, replaced = batches, list[str](), 0
                 if self._overtaken and self._key is not None:
-                    self._refused = told
-                    new, target = await self._behind_others(session, target, batches)
+                    new, target, refused = await self._behind_others(session, target, batches)
+                    replaced = sum(b.replaced for b in new) if new is not batches else 0
                 offset = next((b.offset for b in reversed(new) if b.offset is not None), None)
                 rows = sum(b.rows for b in new)
                 if not new:
@@ -697,7 +743,8 @@ class Appender:
             # Those of refused rows are not stored, and those of rows that were left out no longer.
             self._labels = None
         self._oldest_s = time.monotonic() if self._buffered else None
-        self._counts.rows += rows
+        self._counts.rows += rows + replaced
+        self._refused += refused
         if made is not None:
             self._adopt(after, session, made, offset=offset, rows=rows)
         if len(new) < len(batches) and not self._buffered:
@@ -725,9 +772,9 @@ class Appender:
                     raise
                 self._error = SessionStateError(
                     f"the appender of source {self._source!r} has ended: a collection has deleted rows that it had "
-                    f"written and not committed; {self._rows} buffered rows are not committed. Open a new appender and "
-                    "continue after its position; collections should spare what is younger than the time between "
-                    "commits"
+                    f"written and not committed; {_counted(self._rows, 'buffered row')} not committed. Open a new "
+                    "appender and continue after its position; collections should spare what is younger than the time "
+                    "between commits"
                 )
                 raise self._error from error
 
@@ -850,17 +897,25 @@ class Appender:
         self._require_owner()
         # The other commit may have written the values again that are kept in memory.
         found = await Target.open(session, self._group, self._dim)
-        if not found.created and not target.created:
-            target.snapshot_id = session.snapshot_id
-            return
-        reason = target.unlike(found) or await self._unlike_fixed(target, found, session)
+        reason: str | None = None
+        if found.created or target.created:
+            reason = target.unlike(found) or await self._unlike_fixed(target, found, session)
+        elif target.growing and self._buffered:
+            try:
+                self._target = await target.planned_beside(found, session)
+                return
+            except InvalidInputError as error:
+                reason = error.message
+        else:
+            # A first dataset that is being checked now is checked again, beside what is there now.
+            self._schema += 1
         if reason is not None:
             self._schema += 1
         if reason is not None and self._buffered:
             self._error = SessionStateError(
                 f"the appender of source {self._source!r} has ended: another writer has changed the arrays, {reason}; "
-                f"{self._rows} buffered rows were checked against others and are not committed. Open a new appender "
-                "and continue after its position"
+                f"{_counted(self._rows, 'buffered row')} not committed, since checked against others. Open a new "
+                "appender and continue after its position"
             )
             raise self._error
         self._target, self._labels, self._overtaken = found, None, True
@@ -872,10 +927,10 @@ class Appender:
         if record is None or (self._seen is not None and record["owner"] == self._seen[0]):
             reason = f"branch {self._branch!r} no longer has its commits: it was reset, or they have expired"
         else:
-            reason = f"another consumer committed up to offset {record['offset']!r}"
+            reason = f"the branch was reset, or another consumer committed; its position is {record['offset']!r} now"
         self._error = SessionStateError(
-            f"the appender of source {self._source!r} has ended: {reason}; {self._rows} buffered rows were not "
-            "committed. Open a new appender and continue after its position"
+            f"the appender of source {self._source!r} has ended: {reason}; "
+            f"{_counted(self._rows, 'buffered row')} not committed. Open a new appender and continue after its position"
         )
         raise self._error
 
@@ -907,6 +962,11 @@ def _require_positive(name: str, value: Any, types: Any) -> None:
     if not isinstance(value, types) or isinstance(value, bool) or not value > 0:
         kind = "an int" if types is int else "a number (of seconds)"
         raise InvalidInputError(f"{name} must be {kind} of more than 0, not {value!r}", ErrorKind.INVALID_SETTING)
+
+
+def _counted(number: int, what: str) -> str:
+    """A number of things with its verb: "1 row is", "2 rows are"."""
+    return f"{number} {what} is" if number == 1 else f"{number} {what}s are"
 
 
 def _row(values: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -102,6 +102,8 @@ class Variable:
     """Its attributes that say how values are kept, as `codings_of`."""
     row_shape: tuple[int, ...]
     """Shape without the append dimension."""
+    is_new: bool = False
+    """Whether the first dataset creates it."""
 
     @classmethod
     def of(cls, name: str, document: dict[str, Any], dim: str) -> Variable:
@@ -149,6 +151,8 @@ class Batch:
     """The target that this batch creates, if it does."""
     written: WrittenRows | None = None
     """Rows that are written already, these among them: ``values`` lacks some of the arrays."""
+    replaced: int = 0
+    """Rows that replaced stored ones, no longer among these."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -191,7 +195,9 @@ class Target:
     variables: dict[str, Variable] = field(default_factory=dict)
     snapshot_id: str = ""
     created: bool = True
-    """Whether the arrays exist; else the first write makes them."""
+    """Whether arrays along the dimension exist; else the first write makes them."""
+    groups: set[str] = field(default_factory=set)
+    """Names of the groups directly below the group."""
     group_attributes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -222,18 +228,29 @@ class Target:
         Raises
         ------
         InvalidInputError
-            They do not agree on the dimension, or the chunks of one that has it are not all of one size.
+            They do not agree on the dimension, or the chunks of one that has it are not all of one size; or an array is
+            where the group, or one above it, would be.
         """
         target = cls(dim=dim, group=group, snapshot_id=session.snapshot_id)
+
+        async def found_at(path: str) -> dict[str, Any] | None:
+            document = await session.store.get(f"{path}/zarr.json".lstrip("/"), default_buffer_prototype())
+            return None if document is None else json_codec.loads(document.to_bytes())
+
+        parts = group.split("/") if group else []
+        for depth in range(len(parts) + 1):
+            above = "/".join(parts[:depth])
+            node = await found_at(above)
+            if node is not None and node.get("node_type") == "array":
+                raise target._refused(f"{'/' + above!r} is an array: name a group")
         names = [name async for name in session.store.list_dir(group) if name != "zarr.json"]
 
         async def read(name: str) -> None:
-            key = f"{target.path(name)}/zarr.json"
-            document = await session.store.get(key, default_buffer_prototype())
-            if document is None:
+            found = await found_at(target.path(name))
+            if found is None:
                 return
-            found = json_codec.loads(document.to_bytes())
             if found.get("node_type") != "array":
+                target.groups.add(name)
                 return
             if dim in (found.get("dimension_names") or ()) and found["chunk_grid"]["name"] != "regular":
                 raise target._refused(f"the chunks of {name} are not all of one size")
@@ -281,25 +298,76 @@ class Target:
                     return f"{what} of {name} was {before} and is {now}"
         return None
 
-    async def unlike_fixed(self, other: Target, session: Session) -> str | None:
-        """As `unlike`, of the arrays without the dimension that this target would have created.
+    async def unlike_fixed(self, other: Target, session: Session, *, new: bool = True) -> str | None:
+        """As `unlike`, of the arrays without the dimension that the first dataset gave.
 
         Parameters
         ----------
         session
             One in which the other's arrays can be read.
+        new
+            Those too that this target would have created.
         """
         for variable in self.variables.values():
-            if variable.axis is not None:
+            if variable.is_new and not new:
+                continue
+            if variable.axis is not None or variable.values is None:
                 continue
             found = other.variables.get(variable.name)
-            if found is None:
+            if found is None or found.axis is not None:
                 return f"there is no {variable.name} besides those along {self.dim!r}"
             try:
                 await other._require_same(session, found, np.asarray(variable.values))
             except InvalidInputError:
                 return f"the values of {variable.name} are others"
         return None
+
+    async def planned_beside(self, other: Target, session: Session) -> Target:
+        """This target, whose arrays do not exist yet, with the fixed arrays of another, newer one.
+
+        Parameters
+        ----------
+        session
+            One in which the other's arrays can be read.
+
+        Raises
+        ------
+        InvalidInputError
+            An array that is to be created would replace something, or does not fit; or one that was to be kept changed.
+        """
+        if (reason := await self.unlike_fixed(other, session, new=False)) is not None:
+            raise self._refused(reason)
+        planned = {name: v for name, v in self.variables.items() if v.is_new}
+        for variable in planned.values():
+            other._require_free(variable.name, variable.dims)
+            other._require_sizes(variable.name, variable.dims, variable.shape)
+        return replace(self, snapshot_id=other.snapshot_id, variables=other.variables | planned, groups=other.groups)
+
+    def _require_free(self, name: str, dims: tuple[Any, ...]) -> None:
+        """Refuse to create an array where something is."""
+        found = self.variables.get(name)
+        if found is not None:
+            named = f"dimensions {found.dims}" if found.dims else "dimensions without names" if found.shape else "none"
+            raise self._refused(
+                f"{name!r} exists already, with shape {found.shape} and {named}, and would be replaced by one with "
+                f"dimensions {dims}: append to another group, delete it first, or, if its rows are along "
+                f"{self.dim!r}, give that name to its dimension"
+            )
+        if name in self.groups:
+            raise self._refused(f"{name!r} is a group already: rename the variable, or append to another group")
+        if "/" in name or name in ("", ".", "..", "zarr.json"):
+            raise self._refused(f"{name!r} is no name of an array: name it without '/'")
+
+    def _require_sizes(self, name: str, dims: Sequence[str | None], shape: Sequence[int]) -> None:
+        """Refuse an array whose dimensions have other sizes than those of the arrays that there are."""
+        for stored in self.variables.values():
+            sizes = dict(zip(stored.dims, stored.shape, strict=False))
+            for dim, size in zip(dims, shape, strict=True):
+                if dim is not None and dim != self.dim and sizes.get(dim, size) != size:
+                    raise self._refused(
+                        f"{name!r} has {size} along {dim!r}, and {stored.name!r}, which exists already, has "
+                        f"{sizes[dim]}: append to another group, or give data of this size"
+                    )
 
     def shown_label(self, label: Any) -> str:
         """A label of the append dimension in a message."""
@@ -362,10 +430,13 @@ class Target:
         from_xarray = _is_dataset(data)
         if not from_xarray and type(data) is not dict and not isinstance(data, Mapping):
             raise self._refused(f"expected an xarray.Dataset, or a mapping of names to arrays, not {type(data)}")
-        if not self.variables or not self.growing:
+        if not self.growing:
             if not from_xarray:
-                raise self._refused("its arrays do not exist yet: create them, or put an xarray.Dataset first")
-            return await _first(data, self, keep)
+                raise self._refused(
+                    f"it has no arrays along {self.dim!r} yet: create them, or put an xarray.Dataset first"
+                )
+            kept = await self._kept(session, data)
+            return await _first(data, self, keep, kept)
         values = self._encoded(data) if from_xarray else self._plain(data)
         if values.keys() != self.variables.keys():
             self._require_names(values)
@@ -404,6 +475,20 @@ class Target:
             num_bytes += copied.nbytes
         return Batch(rows=rows, values=found, num_bytes=num_bytes)
 
+    async def _kept(self, session: Session, dataset: Any) -> set[str]:
+        """The names of the variables of a first dataset that exist, with the same values."""
+        kept = set()
+        for name, variable in dataset.variables.items():
+            stored = self.variables.get(str(name))
+            if stored is None or set(stored.dims) != set(variable.dims):
+                self._require_free(str(name), variable.dims)
+            if stored is None:
+                self._require_sizes(str(name), variable.dims, variable.shape)
+            else:
+                await self._require_same(session, stored, self._encoded_as(stored, variable))
+                kept.add(str(name))
+        return kept
+
     def _require_names(self, values: Mapping[str, Values]) -> None:
         missing = {v.name for v in self.growing} - values.keys()
         unknown = values.keys() - self.variables.keys()
@@ -440,18 +525,22 @@ class Target:
             if stored is None:
                 found[str(name)] = np.asarray(variable.values)
                 continue
-            if variable.dims != stored.dims:
-                if set(variable.dims) != set(stored.dims):
-                    raise self._refused(f"{name} has the dimensions {variable.dims}, the array {stored.dims}")
-                variable = variable.transpose(*stored.dims)
-            codings = stored.codings
-            if variable.dtype.kind in "mMO" and "units" not in codings:
-                codings = self._codings_of_bounds(stored.name) | codings
-            try:
-                found[str(name)] = stored_values(str(name), variable, codings, stored.dtype)
-            except Unfit as unfit:
-                raise self._refused(str(unfit)) from None
+            found[str(name)] = self._encoded_as(stored, variable)
         return found
+
+    def _encoded_as(self, stored: Variable, variable: Any) -> Values:
+        """A variable of a dataset as an array keeps it."""
+        if variable.dims != stored.dims:
+            if set(variable.dims) != set(stored.dims):
+                raise self._refused(f"{stored.name} has the dimensions {variable.dims}, the array {stored.dims}")
+            variable = variable.transpose(*stored.dims)
+        codings = stored.codings
+        if variable.dtype.kind in "mMO" and "units" not in codings:
+            codings = self._codings_of_bounds(stored.name) | codings
+        try:
+            return stored_values(stored.name, variable, codings, stored.dtype)
+        except Unfit as unfit:
+            raise self._refused(str(unfit)) from None
 
     def _codings_of_bounds(self, name: str) -> dict[str, Any]:
         """The codings of times that are the bounds of other ones: by the CF conventions they have none themselves."""
@@ -466,8 +555,10 @@ class Target:
         stored, given = variable.values, self._times(variable, given)
         equal_nan = stored.dtype.kind in "fc" and given.dtype.kind in "fc"
         if stored.shape != given.shape or not np.array_equal(stored, given, equal_nan=equal_nan):
+            sizes = "" if stored.shape == given.shape else f" (shape {given.shape}, stored {stored.shape})"
             raise self._refused(
-                f"{variable.name} differs from its stored values; only variables along {self.dim!r} grow"
+                f"{variable.name!r} differs from its stored values{sizes}; only variables along {self.dim!r} grow: "
+                "give the stored values, or leave it out"
             )
 
     def _refused(self, reason: str) -> InvalidInputError:
@@ -559,7 +650,7 @@ class Target:
         """Write the groups, and the arrays that do not grow."""
         await _put_groups(session.store, self.group, self.group_attributes)
         for variable in self.variables.values():
-            if variable.axis is None:
+            if variable.axis is None and variable.is_new:
                 await _put_document(session.store, self.path(variable.name), variable)
                 await self._set(session, variable, Ellipsis, np.asarray(variable.values))
 
@@ -816,11 +907,16 @@ def _is_dataset(data: Any) -> bool:
     return xarray is not None and isinstance(data, xarray.Dataset)
 
 
-async def _first(dataset: Any, empty: Target, keep: int | None) -> Batch:
+async def _first(dataset: Any, empty: Target, keep: int | None, kept_names: set[str]) -> Batch:
     """The batch that creates the arrays: their metadata are those that xarray would write for this dataset.
 
     Chunks have a power of two of rows, so that those of all arrays begin anew after few rows: rows are left out, and
     put before the first, by whole chunks of all arrays.
+
+    Parameters
+    ----------
+    kept_names
+        Variables that exist and stay as they are.
     """
     from xarray.backends import zarr as xarray_zarr
     from xarray.conventions import encode_dataset_coordinates
@@ -832,10 +928,12 @@ async def _first(dataset: Any, empty: Target, keep: int | None) -> Batch:
     variables, attributes = encode_dataset_coordinates(dataset)
     attributes = {str(key): backend.encode_zarr_attr_value(value) for key, value in attributes.items()}
     _require_json(empty, "the dataset", attributes)
-    fresh = replace(empty, variables={}, created=False, group_attributes=attributes)
+    fresh = replace(empty, variables=dict(empty.variables), created=False, group_attributes=attributes)
     batch = Batch(rows=dataset.sizes[empty.dim], values={}, fresh=fresh)
     scratch = MemoryStore()
     for name, given in variables.items():
+        if str(name) in kept_names:
+            continue
         given = given.copy(deep=False)
         given.encoding = _units_for_any(given)
         try:
@@ -880,6 +978,7 @@ async def _first(dataset: Any, empty: Target, keep: int | None) -> Batch:
         assert isinstance(meta, ArrayV3Metadata)
         document = meta.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
         made = Variable.of(str(name), json_codec.loads(document), empty.dim)
+        made.is_new = True
         kept = in_dtype(values, made.dtype)
         if kept is None:
             raise empty._refused(f"{name} cannot be stored: its values are not all of one kind: {values.flat[0]!r}…")

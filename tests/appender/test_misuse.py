@@ -13,8 +13,10 @@ import zarr.api.asynchronous as azarr
 from zarr.core.buffer import default_buffer_prototype
 
 import icechunk
+from icechunk.appender import Appender
 from icechunk.errors import ErrorKind, InvalidInputError, SessionStateError
 from tests.appender.test_appender import chunked, new_repo, plain, rows, stored, values
+from tests.raising import raises
 
 
 async def test_rows_whose_labels_another_source_stored_are_refused_once_and_all_others_are_stored() -> None:
@@ -378,3 +380,131 @@ async def test_arrays_whose_chunks_are_not_all_of_one_size_are_refused_at_openin
         async with repo.appender("main", dim="time", source="s"):
             pass
     assert caught.value.kind == ErrorKind.INVALID_SETTING
+
+
+async def test_an_end_that_no_call_has_raised_is_raised_on_leaving() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    with pytest.raises(SessionStateError) as ended:
+        async with repo.appender("main", dim="time", source="s", every=0.02) as appender:
+            await consumed_by_another(repo, appender)
+    assert ended.value is appender._error
+
+
+async def test_an_end_by_a_reset_that_no_call_has_raised_is_raised_on_leaving() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    early = await repo.lookup_branch_async("main")
+    appender = repo.appender("main", dim="time", source="s", every=0.02)
+    await appender.__aenter__()
+    await appender.put(plain(0, 1), offset=0, durable=True)
+    await (await icechunk.Repository.open_async(repo.storage)).reset_branch_async("main", early)
+    await appender.put(plain(1, 1), offset=1)
+    await ended_alone(appender)
+    with pytest.raises(SessionStateError):
+        await appender.__aexit__()
+
+
+async def test_the_exception_of_the_block_has_a_note_of_an_end_that_no_call_has_raised() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+
+    async def block() -> None:
+        async with repo.appender("main", dim="time", source="s", every=0.02) as appender:
+            await consumed_by_another(repo, appender)
+            raise KeyError("of the block")
+
+    with pytest.raises(KeyError) as raised:
+        await block()
+    assert any("source 's' has ended" in note for note in raised.value.__notes__)
+
+
+async def test_an_end_that_a_call_has_raised_is_not_raised_again_on_leaving() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    async with repo.appender("main", dim="time", source="s", every=0.02) as appender:
+        await consumed_by_another(repo, appender)
+        with pytest.raises(SessionStateError):
+            await appender.put(plain(9, 1), offset=9)
+
+
+async def consumed_by_another(repo: icechunk.Repository, appender: Appender) -> None:
+    """Have an appender ended by its timer, since another consumer of its source commits."""
+    other = await icechunk.Repository.open_async(repo.storage)
+    async with other.appender("main", dim="time", source="s") as second:
+        await second.put(plain(0, 1), offset=0)
+    await appender.put(plain(0, 1), offset=0)
+    await ended_alone(appender)
+
+
+async def ended_alone(appender: Appender) -> None:
+    for _ in range(1000):
+        if appender._error is not None:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("the appender has not ended")
+
+
+async def test_each_refused_put_is_told_of_and_whether_the_rows_of_the_call_were_taken() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    other = await icechunk.Repository.open_async(repo.storage)
+    async with repo.appender("main", dim="time", source="late", key="time", every=0.02) as appender:
+        async with other.appender("main", dim="time", source="first", key="time") as first:
+            await first.put(plain(0, 3), offset=1)
+            await first.flush()
+            await appender.put(plain(1, 1), offset=7)
+            await appender.put(plain(2, 1), offset=8)
+        for _ in range(1000):
+            if appender.stats().rows_buffered:
+                await asyncio.sleep(0.01)
+        with pytest.raises(InvalidInputError) as told:
+            await appender.put(plain(4, 1), offset=9)
+        assert "offset 7" in told.value.message
+        assert "offset 8" in told.value.message
+        assert "put them again" in told.value.message
+        assert await appender.put(plain(4, 1), offset=9) == "buffered"
+    assert await values(repo) == [0, 1, 2, 4]
+
+
+async def test_rows_that_replace_stored_ones_are_committed_and_counted() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    async with repo.appender("main", dim="time", source="s", key="time", on_duplicate="replace") as appender:
+        await appender.put(plain(0, 4), offset=0, durable=True)
+        assert await appender.put(plain(1, 2), offset=1, durable=True) == "committed"
+        assert appender.stats().rows_committed == 6
+        assert await appender.put(plain(1, 2), offset=2) == "committed"
+        assert appender.position == 2
+        assert await appender.put(plain(3, 2), offset=3) == "buffered"
+        assert appender.stats().rows_committed == 9
+        assert await appender.put(plain(1, 2), offset=3) == "skipped"
+    assert appender.stats().rows_committed == 10
+
+
+async def test_rows_that_replace_those_of_another_writer_are_counted() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    other = await icechunk.Repository.open_async(repo.storage)
+    async with repo.appender("main", dim="time", source="s", key="time", on_duplicate="replace") as appender:
+        await appender.put(plain(0, 4), offset=0)
+        async with other.appender("main", dim="time", source="first", key="time") as first:
+            await first.put(plain(0, 3), offset=1)
+        await appender.flush()
+        assert appender.stats().rows_committed == 4
+
+
+async def test_an_empty_name_of_a_source_is_refused() -> None:
+    with pytest.raises(InvalidInputError):
+        (await new_repo()).appender("main", dim="time", source="")
+
+
+async def test_the_errors_of_text_offsets_say_how_they_are_compared() -> None:
+    repo = await new_repo()
+    await chunked(repo)
+    async with repo.appender("main", dim="time", source="s") as appender:
+        await appender.put(plain(0, 1), offset="9")
+        with raises(InvalidInputError, ErrorKind.INVALID_SETTING, "characters"):
+            await appender.put(plain(1, 1), offset="10")
+        with raises(InvalidInputError, ErrorKind.INVALID_SETTING, "texts"):
+            await appender.put(plain(1, 1), offset=10)
