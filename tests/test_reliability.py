@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tools import reliability
-from tools.reliability import MACHINES, PAGE, PROJECT, Machine, Run, keep, page, read_runs, record
+from tools.reliability import MACHINES, NOT_EXPLAINED, PAGE, PROJECT, Machine, Run, keep, page, read_runs, record
 
 
 def program_of(machine: Machine, *, long: bool) -> Path:
@@ -44,6 +45,8 @@ def test_the_page_names_each_machine_its_commands_and_its_figures() -> None:
     assert re.findall("^## (.*)$", text, re.MULTILINE) == [machine.name for machine in MACHINES]
     assert text.count("- 7 found") == 2 * len(MACHINES)
     assert text.count("**it ended with 1**") == 2 * (len(MACHINES) // 2)
+    assert text.count(f"What was found: {NOT_EXPLAINED}") == 2 * (len(MACHINES) // 2)
+    assert "What was found: a known limit." in page([replace(runs[-1], code=1, note="a known limit.")])
     assert text.count("2.0 h") == 2 * len(MACHINES)
     for machine in MACHINES:
         assert f"`python {' '.join(machine.words(long=True))}`" in text

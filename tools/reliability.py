@@ -67,6 +67,8 @@ class Run:
     code: int
     """0: nothing was found."""
     figures: list[str]
+    note: str = ""
+    """The promise that was broken, what that means for data, and whether it is mended; if something was found."""
 
 
 MACHINES: Final = (
@@ -239,12 +241,18 @@ def page(runs: Sequence[Run]) -> str:
                 "",
                 *(f"- {figure}" for figure in one.figures),
             ]
+            if one.code:
+                lines += ["", f"What was found: {one.note or NOT_EXPLAINED}"]
         lines += ["", f"Long: `python {' '.join(machine.words(long=True))}`."]
     return "\n".join(lines) + "\n"
 
 
+NOT_EXPLAINED: Final = "not explained yet; until it is, take it for a fault of the engine."
+
+
 def _in_short(one: Run) -> str:
-    return f"{one.date}, {_time(one.seconds)}, {'nothing found' if one.code == 0 else '**found something**'}"
+    found = "nothing found" if one.code == 0 else "**found something**, see below"
+    return f"{one.date}, {_time(one.seconds)}, {found}"
 
 
 def _mutants() -> str:
@@ -271,6 +279,7 @@ def main() -> int:
     parser.add_argument("--took", type=float, default=0.0, help="with --record: seconds")
     parser.add_argument("--commit", help="with --record: the commit that was run, if it is not the one here")
     parser.add_argument("--code", type=int, default=0, help="with --record: exit code; 0: nothing was found")
+    parser.add_argument("--note", default="", help="with --record: what was found, if anything was")
     parser.add_argument("--command", help="with --record: what was run, if it was not the long command")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(PROJECT)}, and run nothing")
     args = parser.parse_args()
@@ -279,7 +288,7 @@ def main() -> int:
         words = args.command.split() if args.command else machine.words(long=True)
         said = Path(args.record[1]).read_text(encoding="utf-8")
         kept = record(machine, words, said, long=True, seconds=args.took, code=args.code)
-        keep(replace(kept, commit=args.commit or kept.commit))
+        keep(replace(kept, commit=args.commit or kept.commit, note=args.note))
         return 0
     if args.write:
         PAGE.write_text(page(read_runs()), encoding="utf-8")

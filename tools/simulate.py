@@ -106,7 +106,7 @@ class Totals:
         befell = (f"{count} {fault.value}" for fault, count in self.injected.most_common())
         yield f"{len(self.injected)} kinds of faults: " + "; ".join(befell)
         yield "schedules: " + ", ".join(f"{count} {profile}" for profile, count in self.profiles.most_common())
-        yield f"{len(self.broken)} schedules broke a promise"
+        yield f"{len(self.broken)} {'schedule' if len(self.broken) == 1 else 'schedules'} broke a promise"
 
 
 def run_seeds(seeds: range, layout: Layout | None) -> Totals:

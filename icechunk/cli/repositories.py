@@ -74,7 +74,8 @@ def add_commands(commands: Any) -> None:
         _alias(create)
         create.add_argument("name", metavar=kind, help=f"name of the new {kind}")
         create.add_argument("target", metavar=start, help="branch, tag or snapshot id that it shall point to")
-        delete = _command(group, "delete", f"delete a {kind}", _delete_ref, kind)
+        for_good = "; its name can never be used again" if kind == "tag" else ""
+        delete = _command(group, "delete", f"delete a {kind}{for_good}", _delete_ref, kind)
         _alias(delete)
         delete.add_argument("name", metavar=kind, help=f"name of the {kind}")
 

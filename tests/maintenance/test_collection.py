@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -493,3 +494,16 @@ async def test_on_minio(minio_storage: Storage, version: int | None) -> None:
     assert (await history.repo.chunk_storage_stats_async()).native_bytes == 80
     await history.check({"c1"})
     np.testing.assert_array_equal(await read(history.repo), history.values[history.ids["c1"]])
+
+
+def test_the_routine_maintenance_of_the_page_keeps_tags_and_branches() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "forgetting.md").read_text(encoding="utf-8")
+    source = page.partition("## Routine maintenance")[2].partition("```python\n")[2].partition("```")[0]
+    storage = MemoryStorage()
+    repo = icechunk.Repository.create(storage)
+    tip = repo.lookup_branch("main")
+    repo.create_tag("v1", tip)
+    repo.create_branch("dev", tip)
+    exec(compile(source, "docs/forgetting.md", "exec"), {"storage": storage})
+    repo = icechunk.Repository.open(storage)
+    assert (repo.list_tags(), repo.list_branches()) == ({"v1"}, {"main", "dev"})

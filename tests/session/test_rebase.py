@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -341,3 +343,17 @@ def test_savepoints_are_invalid_after_a_rebase(repo: Repository) -> None:
     session.savepoint()
     with pytest.raises(SessionStateError):
         session.rollback(savepoint)
+
+
+def test_the_page_about_commits_that_meet_others_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "committing.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {"__name__": "__main__"}
+    for source in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(compile(source, "docs/committing.md", "exec"), names)
+    assert capsys.readouterr().out.splitlines() == [
+        "rebased [1 1 2 2]",
+        "conflict [('/a', [[0]])]",
+        "solved [10 10  2  2]",
+        "amended ['mine, and the other chunk', 'theirs']",
+        "flushed False",
+    ]
