@@ -51,7 +51,7 @@ class Appending(RepositoryBase):
         source
             Name of the source of the rows, for example ``"kafka:sst/3"``; one consumer at a time.
         group
-            Path of the group. Its arrays may exist, or the first `xarray.Dataset` that is put creates them.
+            Path of the group. Its arrays may exist, or the first `xarray.Dataset` that is put creates the others.
         key
             ``dim``: rows are identified by the labels of the dimension's coordinate, and ``on_duplicate`` decides about
             late or repeated labels. All labels are kept in memory. None: labels must grow.
@@ -66,7 +66,7 @@ class Appending(RepositoryBase):
         keep
             Only about so many rows are kept: older ones are left out by whole chunks.
         begin_at
-            The position where no commit has recorded one.
+            The position where no commit has recorded one; after an expiration it is asked for, also of a new source.
         message
             Of the commits.
 
