@@ -45,7 +45,7 @@ Values = npt.NDArray[Any]
 _CODINGS: Final = ("units", "calendar", "scale_factor", "add_offset", "_FillValue", "missing_value")
 _NS: Final = np.dtype("M8[ns]")
 _NAT: Final = np.iinfo("i8").min
-_MOST_PASSED_NS: Final = np.iinfo("i8").max
+_MOST: Final = np.iinfo("i8").max
 _FEW_TIMES: Final = 8
 _MIDNIGHT: Final = re.compile(r"[ T]00:00(:00(\.0+)?)?$")
 _CALENDARS: Final = ("standard", "gregorian", "proleptic_gregorian")
@@ -146,7 +146,7 @@ def whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
     if exact is None:
         return None
     if exact.size <= _FEW_TIMES:
-        return _few_whole_units(exact, since_ns, unit_ns)
+        return _exact_units(exact, since_ns, unit_ns)
     is_absent = np.isnat(exact)
     any_absent = bool(is_absent.any())
     # As integers, which wrap around: since numpy 2.5 times raise an error then.
@@ -155,7 +155,8 @@ def whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
     if any_absent:
         passed_ns[is_absent] = 0
     if not np.array_equal(passed_ns < 0, exact < since):
-        return None  # more than 292 years, which do not fit
+        # More than 292 years: nanoseconds do not fit, these units may.
+        return _exact_units(exact, since_ns, unit_ns)
     numbers, rest = np.divmod(passed_ns, unit_ns)
     if rest.any():
         return None
@@ -164,14 +165,14 @@ def whole_units(times: Values, encoding: Mapping[str, Any]) -> Values | None:
     return np.asarray(numbers)
 
 
-def _few_whole_units(times: Values, since_ns: int, unit_ns: int) -> Values | None:
-    """As `whole_units`, of nanoseconds; numpy takes longer for one time than Python."""
+def _exact_units(times: Values, since_ns: int, unit_ns: int) -> Values | None:
+    """As `whole_units`, of nanoseconds, with integers of any size. For few times it takes less time than numpy."""
     numbers = []
     for time_ns in times.ravel().view(np.int64).tolist():
         number, rest = divmod(time_ns - since_ns, unit_ns)
         if time_ns == _NAT:
             number = _NAT
-        elif rest or abs(time_ns - since_ns) > _MOST_PASSED_NS:
+        elif rest or abs(number) > _MOST:
             return None
         numbers.append(number)
     return np.array(numbers, np.int64).reshape(times.shape)

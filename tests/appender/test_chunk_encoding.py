@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 import zarr
 import zarr.api.asynchronous as azarr
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from xarray.conventions import encode_cf_variable
@@ -102,6 +102,8 @@ UNIT_S = {"days": 86400, "hours": 3600, "seconds": 1}
 
 
 @settings(max_examples=100, deadline=None)
+@example(hours=[-562048, 2_000_000], resolution="s", units="seconds", since="1850-06-15T00:30:00", calendar=None)
+@example(hours=[2_000_000] * 12, resolution="ns", units="seconds", since="1850-06-15T00:30:00", calendar=None)
 @given(
     hours=st.lists(st.integers(-2_000_000, 2_000_000), min_size=1, max_size=12),
     resolution=st.sampled_from(["s", "ms", "ns"]),
