@@ -15,6 +15,9 @@ as `tools.bench.huge` tells. ``large`` runs on request too: large chunks, as `to
 questions about changes, writers and coverage, as `tools.bench.feed` tells; and so do ``wide``, ``history`` and
 ``contend-processes``, which compare with the official library: many arrays, many commits, many processes on one branch;
 and ``sync``, which compares with zarr's own stores, as `tools.bench.sync_path` tells.
+
+Measure ``import`` with a Python that has the package's own dependencies and no others: zarr looks through all installed
+distributions when it is imported, and the official library has an environment of its own.
 """
 
 from __future__ import annotations
