@@ -600,8 +600,8 @@ class Appender:
                     self._require_known(target, labels[:late], known)
                 except InvalidInputError as error:
                     refused.append(
-                        f"{_counted(batch.rows, 'row')} put with offset {batch.offset!r} not stored, since another "
-                        f"writer was first: {error.message}"
+                        f"of the rows with offset {batch.offset!r}, {_counted(batch.rows, 'row')} not stored, since "
+                        f"another writer was first: {error.message}"
                     )
                     continue
             if late and self._on_duplicate == "replace":
