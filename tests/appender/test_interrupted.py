@@ -22,6 +22,20 @@ def replacing(time: int, value: float) -> dict[str, Any]:
     return plain(time, 1) | {"v": plain(time, 1)["v"] * 0 + value}
 
 
+def held_commits(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """Hold commits of sessions from now on: the first event is set when one begins, the second lets them go on."""
+    committing, go_on = asyncio.Event(), asyncio.Event()
+    commit = Session.commit_async
+
+    async def held(session: Session, *args: Any, **options: Any) -> str:
+        committing.set()
+        await go_on.wait()
+        return await commit(session, *args, **options)
+
+    monkeypatch.setattr(Session, "commit_async", held)
+    return committing, go_on
+
+
 async def first_values(repo: icechunk.Repository) -> list[float]:
     session = await repo.readonly_session_async("main")
     array = await azarr.open_array(store=session.store, path="v", mode="r")
@@ -145,15 +159,7 @@ async def test_labels_that_are_read_while_a_commit_leaves_rows_out_are_those_of_
     async with repo.appender("main", keep=4, **KEYED | {"on_duplicate": "skip"}) as appender:
         await appender.put(plain(-20, 7), durable=True)
         await appender.put(plain(-13, 1))
-        committing, go_on = asyncio.Event(), asyncio.Event()
-        commit = Session.commit_async
-
-        async def slow(session: Session, *args: Any, **options: Any) -> str:
-            committing.set()
-            await go_on.wait()
-            return await commit(session, *args, **options)
-
-        monkeypatch.setattr(Session, "commit_async", slow)
+        committing, go_on = held_commits(monkeypatch)
         flushing = asyncio.create_task(appender.flush())
         await committing.wait()
         putting = asyncio.create_task(appender.put(plain(-12, 1)))
@@ -179,15 +185,7 @@ async def test_labels_that_are_read_while_rows_are_put_before_the_first_have_the
     ):
         await appender.put(plain(4, 4), durable=True)
         await other.put(plain(8, 4), durable=True)
-        committing, go_on = asyncio.Event(), asyncio.Event()
-        commit = Session.commit_async
-
-        async def slow(session: Session, *args: Any, **options: Any) -> str:
-            committing.set()
-            await go_on.wait()
-            return await commit(session, *args, **options)
-
-        monkeypatch.setattr(Session, "commit_async", slow)
+        committing, go_on = held_commits(monkeypatch)
         prepending = asyncio.create_task(appender.prepend(plain(0, 4)))
         await committing.wait()
         prepending.cancel()
