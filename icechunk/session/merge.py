@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from icechunk.conflicts import MergeFailedError
 from icechunk.format.ids import ObjectId
 from icechunk.format.values import ChunkRef
-from icechunk.log.session.merge.merging import Fork, Merge, MergePolicy, Pair
+from icechunk.log.session.merge.merging import Fork, Merge, MergePolicy, Pair, event_key
 from icechunk.runtime.tasks import run_all, run_each
 from icechunk.session.content import SessionContent
 from icechunk.session.read import bytes_of
@@ -79,9 +79,15 @@ async def _check_base(content: SessionContent, fork: Fork, base: ObjectId) -> No
     if fork.base.id == content.log.base.id or base == content.origin_base:
         return
     with content.lock:
+        # What an earlier merge took over was compared when the session was rebased, and is among its nodes now.
+        known = {event_key(event) for event in content.log.events}
+        before = [*fork.inherited, *(event for event in fork.own if event_key(event) in known)]
+        new = [event for event in fork.own if event_key(event) not in known]
+        if not new:
+            return
         now = content.log.base.with_nodes(content.log.hierarchy())
-        log = content.log.rebased(fork.base, [*fork.inherited, *fork.own])
-    await check_fork(content.core, log, log.savepoint_at(len(fork.inherited)), base, now)
+        log = content.log.rebased(fork.base, [*before, *new])
+    await check_fork(content.core, log, log.savepoint_at(len(before)), base, now)
 
 
 async def _compare(content: SessionContent, pairs: Sequence[Pair], equal: dict[Pair, bool]) -> None:

@@ -135,6 +135,39 @@ async def test_a_session_that_was_rebased_collects_forks_that_joined_before(stor
     await repo.aclose()
 
 
+@by_layout
+@pytest.mark.parametrize("goes_on", ["here", "resumed"])
+async def test_nodes_of_a_fork_that_was_merged_before_a_rebase_are_no_conflict(
+    storage: Storage, version: int | None, goes_on: str
+) -> None:
+    repo = await new_repo(storage, version)
+    session = await repo.writable_session_async("main")
+    id = await session.checkpoint_async()
+    fork, late = await repo.join_session_async(id), await repo.join_session_async(id)
+    array = await zarr.api.asynchronous.create_array(store=fork.store, name="w", shape=(2,), chunks=(1,), dtype="i4")
+    await array.setitem(0, 1)
+    await fork.checkpoint_async()
+    assert await session.collect_forks_async() == 1
+    other = await repo.writable_session_async("main")
+    await put(other, 9, 9)
+    await other.commit_async("other")
+    await session.rebase_async(ConflictDetector())
+    await session.checkpoint_async()
+    if goes_on == "here":
+        await array.setitem(1, 2)
+        await fork.checkpoint_async()
+    else:
+        session = await (await Repository.open_async(storage)).resume_session_async(id)
+    await put(late, 3, 3)
+    await late.checkpoint_async()
+    assert await session.collect_forks_async() == 2
+    await session.commit_async("all")
+    assert await committed(repo) == values(_3=3, _9=9)
+    merged = await zarr.api.asynchronous.open_array(store=session.store, path="w", mode="r")
+    assert np.asarray(await merged.getitem(...)).tolist() == [1, 2 if goes_on == "here" else 0]
+    await repo.aclose()
+
+
 async def test_conflicts_between_forks_are_those_of_a_merge(storage: Storage) -> None:
     repo = await new_repo(storage)
     session = await repo.writable_session_async("main")

@@ -46,7 +46,7 @@ from icechunk.log.session.merge.diff import NetChanges
 from icechunk.log.session.zarr_metadata import encoding_of
 from icechunk.runtime.late_dataclass import dataclass
 
-__all__ = ["Fork", "Merge", "MergePolicy", "Pair"]
+__all__ = ["Fork", "Merge", "MergePolicy", "Pair", "event_key"]
 
 Coords: TypeAlias = npt.NDArray[np.uint32]
 MergePolicy: TypeAlias = Literal["error", "ours", "theirs"]
@@ -127,7 +127,7 @@ class Merge:
         SessionStateError
             Kind ``merge-failed``: its events do not apply to the target.
         """
-        own = [event for event in fork.own if _key(event) not in self._positions]
+        own = [event for event in fork.own if event_key(event) not in self._positions]
         if not own:
             return
         changes = _Changes(self, fork, own)
@@ -157,7 +157,7 @@ class Merge:
         return [made for made in self._by_node.get(node_id, ()) if self._is_foreign(made, changes)]
 
     def _is_foreign(self, made: _Made, changes: _Changes) -> bool:
-        return made.position > changes.began_at and _key(made.event) not in changes.keys
+        return made.position > changes.began_at and event_key(made.event) not in changes.keys
 
     def position(self, event_id: bytes) -> int:
         """Index of an event in the target; −1 if it is not there."""
@@ -166,7 +166,7 @@ class Merge:
     def _note(self, events: Iterable[Event], fork: int | None) -> None:
         for event in events:
             made = _Made(event, len(self._positions), fork)
-            self._positions[_key(event)] = made.position
+            self._positions[event_key(event)] = made.position
             if isinstance(event, HierarchyCleared):
                 continue
             self._by_node.setdefault(event.node_id, []).append(made)
@@ -416,7 +416,7 @@ class _Changes:
     @cached_property
     def keys(self) -> set[object]:
         """Keys of all events that the fork has."""
-        return {_key(event) for event in (*self.fork.inherited, *self.fork.own)}
+        return {event_key(event) for event in (*self.fork.inherited, *self.fork.own)}
 
     @cached_property
     def before(self) -> SessionLog:
@@ -489,7 +489,7 @@ class _Boxes:
             yield self._made[row]
 
 
-def _key(event: Event) -> object:
+def event_key(event: Event) -> object:
     """The identity that all copies of an event share."""
     return event.id or id(event)
 
