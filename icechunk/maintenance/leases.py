@@ -43,8 +43,8 @@ class Leases:
 
     @property
     def bases(self) -> frozenset[ObjectId]:
-        """The snapshots that they are based on."""
-        return frozenset(head.base for head in self.heads)
+        """The snapshots that they, or forks that joined them before a rebase, are based on."""
+        return frozenset(id for head in self.heads for id in (head.base, *head.earlier_bases))
 
     @property
     def may_have_committed(self) -> bool:

@@ -73,6 +73,8 @@ class Persisted:
     """Numbers of segments by which processes took the session over; they outlast its end."""
     parts: dict[int, tuple[ObjectId, int, tuple[Event, ...]]] = field(default_factory=dict)
     """Base of each segment, the number of events that it keeps, and its new ones: the beginning of forks."""
+    earlier_bases: tuple[ObjectId, ...] = ()
+    """Bases of earlier segments, oldest first, each once; the newest segment's may be among them."""
     tries: dict[bytes, Written] = field(default_factory=dict)
     """Contents of the next segment whose PUT had no certain answer, by nonce."""
     collected: dict[ObjectId, tuple[int, tuple[Event, ...]]] = field(default_factory=dict)
@@ -107,6 +109,8 @@ class Persisted:
         self.last += 1
         self.events = written.events
         self.parts[self.last] = written.base, written.keep, written.new
+        if written.base not in self.earlier_bases:
+            self.earlier_bases += (written.base,)
 
 
 def ended_error(session: ObjectId, head: SegmentHead) -> SessionEndedError:

@@ -177,6 +177,7 @@ async def _read(core: Core, session: ObjectId) -> _Found:
         events=events,
         attempts=head.attempts,
         claims=head.claims,
+        earlier_bases=(*head.earlier_bases, head.base),
         parts={n: (head.base, head.keep, new) for n, (head, new) in enumerate(segments, 1)},
     )
     return _Found(head, base, events, persisted)

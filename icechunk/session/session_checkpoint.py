@@ -240,6 +240,7 @@ async def _write(
                 claims=claims,
                 snapshot=snapshot,
                 joined_at=persisted.joined_at,
+                earlier_bases=tuple(id for id in persisted.earlier_bases if id != base),
                 lineage=content.lineage,
             )
             data = await off_loop(sum(map(size_of, new)), partial(encode_segment, head, new))

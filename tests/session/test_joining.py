@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,33 @@ async def test_nodes_of_a_fork_that_was_merged_before_a_rebase_are_no_conflict(
     assert await committed(repo) == values(_3=3, _9=9)
     merged = await zarr.api.asynchronous.open_array(store=session.store, path="w", mode="r")
     assert np.asarray(await merged.getitem(...)).tolist() == [1, 2 if goes_on == "here" else 0]
+    await repo.aclose()
+
+
+@by_layout
+async def test_the_base_of_forks_that_joined_before_a_rebase_is_kept_for_them(
+    storage: Storage, version: int | None
+) -> None:
+    repo = await new_repo(storage, version)
+    session = await repo.writable_session_async("main")
+    await put(session, 1, 1)
+    id = await session.checkpoint_async()
+    fork = await repo.join_session_async(id)
+    await put(fork, 2, 2)
+    await fork.checkpoint_async()
+    for i in (8, 9):
+        other = await repo.writable_session_async("main")
+        await put(other, i, i)
+        await other.commit_async("other")
+        await session.rebase_async(ConflictDetector())
+        await session.checkpoint_async()
+    late = datetime.now(UTC) + timedelta(minutes=1)
+    await repo.expire_snapshots_async(late)
+    await repo.garbage_collect_async(late)
+    resumed = await (await Repository.open_async(storage)).resume_session_async(id)
+    assert await resumed.collect_forks_async() == 1
+    await resumed.commit_async("all")
+    assert await committed(repo) == values(_1=1, _2=2, _8=8, _9=9)
     await repo.aclose()
 
 

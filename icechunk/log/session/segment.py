@@ -113,6 +113,8 @@ class SegmentHead:
     """The snapshot that it became."""
     joined_at: int = 0
     """Number of the session's segment that a worker's own events come after; 0 for a session."""
+    earlier_bases: tuple[ObjectId, ...] = ()
+    """Other bases that the session's segments had, before rebases: forks may have joined there."""
     lineage: tuple[ObjectId, tuple[bytes, ...]] | None = None
     """The session's base and the ids of the last inherited events, of a worker whose base has these already; else
     None."""
@@ -163,6 +165,8 @@ def encode_segment(head: SegmentHead, events: Sequence[Event]) -> bytes:
         if head.lineage is None
         else {"base": encode_id(head.lineage[0]), "last_events": [id.hex() for id in head.lineage[1]]},
     }
+    if head.earlier_bases:
+        fields["earlier_bases"] = [encode_id(id) for id in head.earlier_bases]
     header = json_codec.dumps(fields)
     header += b" " * (-(len(header) + _START.size) % 8)
     payload = encode_log(head.base, events) if events else b""
@@ -235,6 +239,7 @@ def _head_of(fields: dict[str, Any]) -> SegmentHead:
         claims=tuple(map(_natural, fields["claims"])),
         snapshot=None if snapshot is None else object_id_from_text(snapshot),
         joined_at=_natural(fields["joined_at"]),
+        earlier_bases=tuple(map(object_id_from_text, fields.get("earlier_bases", ()))),
         lineage=lineage,
     )
 

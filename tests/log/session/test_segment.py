@@ -43,6 +43,7 @@ HEAD = SegmentHead(
     claims=(2, 7),
     snapshot=object_id(3),
     joined_at=4,
+    earlier_bases=(object_id(5), object_id(6)),
     lineage=(object_id(4), (b"one", b"two")),
 )
 EVENTS = sample().events
@@ -54,7 +55,7 @@ def test_a_segment_read_back_is_the_same() -> None:
     assert head == HEAD
     assert encode_segment(head, events) == DATA
     assert len(events) == len(EVENTS)
-    bare = replace(HEAD, branch=None, snapshot=None, lineage=None, attempts=())
+    bare = replace(HEAD, branch=None, snapshot=None, lineage=None, attempts=(), earlier_bases=())
     assert decode_segment(encode_segment(bare, ())) == (bare, ())
 
 
