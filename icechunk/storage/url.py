@@ -100,7 +100,9 @@ def parse_url(url: str | os.PathLike[str]) -> RepositoryUrl:
     """
     require_type("url", url, str, os.PathLike)
     if not isinstance(url, str):
-        return RepositoryUrl(place=os.fspath(url))
+        path = os.fsdecode(url)
+        # With a colon in its first part it would read as a URL.
+        return RepositoryUrl(place=os.path.join(os.curdir, path) if ":" in path and not os.path.isabs(path) else path)
     place, *stages = url.split("|")
     if not place.strip():
         _refuse(url, "it names no repository before the first '|'")
@@ -189,31 +191,43 @@ def storage_at(url: RepositoryUrl, storage_options: Mapping[str, Any] | None = N
     scheme, separator, _ = place.partition(":")
     # One letter is a Windows drive.
     if not separator or len(scheme) == 1 or not scheme.replace("+", "").isalnum():
+        if place.partition("/")[0].endswith(":") and "://" in place:
+            _refuse(place, f"{scheme}: is not supported; the schemes are {_SCHEMES}")
         return _made(place, local_filesystem_storage, {}, options, path=place)
-    parts = urlsplit(place)
+    try:
+        parts = urlsplit(place)
+    except ValueError as error:
+        _refuse(place, f"it has no valid host: {error}", error)
     if parts.fragment:
         _refuse(place, f"the fragment '#{parts.fragment}' has no meaning in it")
     prefix = unquote(parts.path).strip("/")
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if parts.query and parts.scheme in ("file", "memory"):
+        _refuse(place, "options behind '?' have no meaning in it; a question mark in a name is written %3F")
     match parts.scheme:
         case "s3" | "s3a":
             _require_bucket(place, parts.netloc)
+            _require_plain(place, prefix)
             return _made(place, s3_storage, query, options, bucket=parts.netloc, prefix=prefix or None)
         case "gs" | "gcs":
             _require_bucket(place, parts.netloc)
+            _require_plain(place, prefix)
             return _made(place, gcs_storage, query, options, bucket=parts.netloc, prefix=prefix or None)
         case "az" | "azure" | "adl" | "abfs" | "abfss":
             container, at, host = parts.netloc.partition("@")
-            account = (
-                host.partition(".")[0] if at else options.pop("account", None) or options.pop("account_name", None)
-            )
+            if at:
+                account: Any = host.partition(".")[0]
+            else:
+                named = [where.pop(name, None) for where in (options, query) for name in ("account", "account_name")]
+                account = next(filter(None, named), None)
             account = account or next((os.environ[name] for name in _AZURE_ACCOUNT if os.environ.get(name)), None)
             _require(place, container, "container")
+            _require_plain(place, prefix)
             if not account:
                 _refuse(
                     place,
                     "it names no account: give storage_options={'account': …}, set AZURE_STORAGE_ACCOUNT_NAME, or "
-                    "write abfs://container@account.dfs.core.windows.net/prefix",
+                    "write az://container/prefix?account=… or abfs://container@account.dfs.core.windows.net/prefix",
                 )
             return _made(place, azure_storage, query, options, account=account, container=container, prefix=prefix)
         case "http" | "https":
@@ -287,6 +301,17 @@ def _require_bucket(url: str, found: str) -> None:
             "environment, and replace the key if this URL was kept anywhere",
         )
     _require(url, found, "bucket")
+    if ":" in found:
+        _refuse(
+            url,
+            f"a bucket has no port, as {found!r} has: give the address of a server as the option endpoint_url",
+        )
+
+
+def _require_plain(url: str, prefix: str) -> None:
+    """Refuse segments that some servers and proxies resolve, so that keys would lie elsewhere."""
+    if any(part in (".", "..") for part in prefix.split("/")):
+        _refuse(url, f"the prefix {prefix!r} has a segment '.' or '..'")
 
 
 def _refuse(url: str, reason: str, cause: Exception | None = None) -> NoReturn:

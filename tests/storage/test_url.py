@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import icechunk
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.s3.storage import S3Storage
@@ -80,6 +81,18 @@ def test_a_wrong_url_is_refused(url: str) -> None:
         "az://c/p",
         "https:///x",
         "s3://b/p#frag",
+        "s3://[b/p",
+        "memory://a]b",
+        "http://[x/y",
+        "file:///folder?region=x",
+        "memory://name?region=x",
+        "s3://localhost:9000/b/p",
+        "gs://b:1/p",
+        "s3://b/p/../q",
+        "gs://b/.",
+        "az://c/%2E%2E/q?account=a",
+        " s3://b/p",
+        "my-scheme://b/p",
     ],
 )
 def test_a_place_that_is_none_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,10 +108,31 @@ def test_places_give_their_storages(tmp_path: Path) -> None:
         storage = storage_from_url(url)
         assert isinstance(storage, LocalStorage)
         assert str(tmp_path) in repr(storage)
+    azure = storage_from_url("az://c/p?account=an-account")
+    assert "an-account" in repr(azure)
     s3 = storage_from_url("s3://b/p/q?region=eu-west-1&force_path_style=true", {"anonymous": True})
     assert isinstance(s3, S3Storage)
     assert "eu-west-1" in repr(s3)
     assert storage_from_url("memory://a-name") is storage_from_url("memory://a-name")
+
+
+@pytest.mark.parametrize("name", ["memory:x", "s3:x", "data:2026", "x:y:z", "a b?c#d"])
+def test_a_path_object_is_a_plain_path_whatever_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    icechunk.Repository.create(Path(name) / "repo")
+    assert (tmp_path / name / "repo").is_dir()
+    assert icechunk.open(Path(name) / "repo").branch is None
+    assert parse_url(tmp_path / name).place == str(tmp_path / name)
+
+
+@given(
+    st.text(max_size=30), st.sampled_from(["s3://", "gs://b", "memory://", "file://", "http://h", "az://c?account=a"])
+)
+def test_any_place_gives_a_storage_or_is_refused(text: str, begin: str) -> None:
+    with contextlib.suppress(InvalidInputError):
+        storage_from_url(begin + text)
 
 
 def test_options_that_do_not_fit_are_refused_by_name() -> None:
