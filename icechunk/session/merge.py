@@ -79,7 +79,7 @@ async def _check_base(content: SessionContent, fork: Fork, base: ObjectId) -> No
     if fork.base.id == content.log.base.id or base == content.origin_base:
         return
     with content.lock:
-        # What an earlier merge took over was compared when the session was rebased, and is among its nodes now.
+        # Changes that an earlier merge took over were compared when the session was rebased, and are in its nodes now.
         known = {event_key(event) for event in content.log.events}
         before = [*fork.inherited, *(event for event in fork.own if event_key(event) in known)]
         new = [event for event in fork.own if event_key(event) not in known]
