@@ -2,7 +2,7 @@
 
 A checkpoint costs time in proportion to the history. So after each there is a pause of ten times as long as it took,
 at most half a minute: however long the history, writing it down takes a small share of the time, and ``repo`` is never
-far behind for long.
+far behind for long. Nor does it begin while callers wait for a swap, which it would delay, for up to a second.
 
 If syncs are deferred, as on a local disk, nothing is written in the background. Each change is written through before
 its caller is notified, ``repo`` included, however long the history: readers of the format find the change when its
@@ -46,10 +46,17 @@ _LONGEST_PAUSE_S: Final = 30.0
 
 
 class Checkpointing:
-    """The checkpoints of one client. Owns the task that writes them in the background."""
+    """The checkpoints of one client. Owns the task that writes them in the background.
 
-    def __init__(self, view: LogView) -> None:
+    Parameters
+    ----------
+    idle
+        Returns when a checkpoint in the background delays no caller, or has waited long enough.
+    """
+
+    def __init__(self, view: LogView, idle: Callable[[], Awaitable[None]]) -> None:
         self._view = view
+        self._idle = idle
         self._one_at_a_time = asyncio.Lock()
         self._stopped = False
         self._pausing = False
@@ -143,6 +150,7 @@ class Checkpointing:
     async def _write_while_due(self) -> None:
         view = self._view
         while not self._stopped and view.ended_reason is None and checkpoint_is_due(view.head, view.known):
+            await self._idle()
             began_us = view.sources.elapsed_us()
             if not await self.try_write():
                 return

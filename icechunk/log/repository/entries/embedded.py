@@ -4,8 +4,9 @@ A small commit's files are in its entry, which alone makes them durable: every c
 They must be objects before a checkpoint passes the entry, since a client that opens from then on does not fold it.
 So:
 
-- the writer puts them in the background, as soon as its entry has landed; if syncs are deferred, as on a local disk,
-  it puts them before it notifies any caller, without waiting for the disk;
+- the writer puts them in the background once its entry has landed, and not before its waiting callers, since a put
+  takes as much of the loop's time as a third of a small commit; if syncs are deferred, as on a local disk, it puts them
+  before it notifies any caller, without waiting for the disk;
 - a client that writes a checkpoint, or ends the log, first puts those after the marker of which it knows no object.
 
 Both put with ``If-None-Match: *``, so neither disturbs the other, and a 412 means that the object exists. An object
@@ -17,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Final, Protocol
 
@@ -103,6 +104,8 @@ class EmbeddedFiles:
         self.dropped: int = 0
         """The last slot whose bytes were dropped from memory; 0: none."""
         self._own: deque[int] = deque()
+        self._under_way: tuple[int, ...] = ()
+        """Slots of `_own` whose files are being put."""
         self._progress = asyncio.Event()
         self._closing = False
         self.task: asyncio.Task[None] | None = None
@@ -153,23 +156,25 @@ class EmbeddedFiles:
 
     # -------------------------------------------------------------- putting
 
-    def put_soon(self, n: int) -> None:
-        """An entry of this client's own has landed: put its files in the background."""
+    def put_soon(self, n: int, idle: Callable[[], Awaitable[None]]) -> None:
+        """An entry of this client's own has landed: put its files in the background, once ``idle`` has returned."""
         if n not in self._by_slot or self._closing:
             return
         self._own.append(n)
         if self.task is None or self.task.done():
-            self.task = asyncio.get_running_loop().create_task(self._put_own(), name="icechunk log files")
+            self.task = asyncio.get_running_loop().create_task(self._put_own(idle), name="icechunk log files")
 
-    async def _put_own(self) -> None:
+    async def _put_own(self, idle: Callable[[], Awaitable[None]]) -> None:
+        await idle()
         why: Exception | None = None
         for attempt in range(_ATTEMPTS):
             if attempt:
                 await self._sources.sleep(_FIRST_PAUSE_S * 2**attempt)
             try:
                 while self._own:
-                    slots = list(self._own)
+                    slots = self._under_way = tuple(self._own)
                     await self._put(slots)
+                    self._under_way = ()
                     for _ in slots:
                         self._own.popleft()
                     self._progress.set()
@@ -179,6 +184,7 @@ class EmbeddedFiles:
                 why = error
         # Nothing is lost: they stay in their entries, and the next checkpoint puts them first.
         self._own.clear()
+        self._under_way = ()
         _LOG.warning("files of commits to %s are not put yet, a checkpoint will: %s", self._storage.describe(), why)
 
     async def materialize(self, after: int, end: int) -> None:
@@ -189,7 +195,7 @@ class EmbeddedFiles:
         StorageError
             One of them could not be put.
         """
-        while self.task is not None and not self.task.done() and any(after < n <= end for n in self._own):
+        while self.task is not None and not self.task.done() and any(after < n <= end for n in self._under_way):
             # They are on their way.
             progress = asyncio.ensure_future(self._progress.wait())
             try:

@@ -67,6 +67,8 @@ _SHARE_OF_WAY: Final = 0.6
 _SWAPS_OUT_OF_TURN: Final = 2
 """Longest pause, in swaps, of a client that lost a race near its turn, or without having one."""
 _LONGEST_WAIT_US: Final = 5_000_000
+_BACKGROUND_WAITS_S: Final = 1.0
+"""Longest time for which embedded files and checkpoints are not put while callers wait."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -105,7 +107,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
         files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
         self.view: LogView = LogView(storage, sources, opened, updates_per_file=updates_per_file, files=files)
         """This client's knowledge of the log."""
-        self._checkpointing = Checkpointing(self.view)
+        self._checkpointing = Checkpointing(self.view, self._idle)
         self._store_check = StoreCheck(storage)
         self._turns: dict[str, asyncio.Lock] = {}
         self._expected: tuple[RepoState, list[Waiting], RepoState] = (self.state, [], self.state)
@@ -385,10 +387,15 @@ class LogLayout(SwappedLog[SlotAttempt]):
             freshness=freshness,
         )
         if not self._storage.defers_syncs:
-            self.view.embedded.put_soon(attempt.n)
+            self.view.embedded.put_soon(attempt.n, self._idle)
 
     def _landed(self, attempt: SlotAttempt) -> None:
         self._checkpointing.spawn_if_due()
+
+    async def _idle(self) -> None:
+        """Wait until no caller waits for a swap, or for a second: the time of what runs in the background."""
+        if self.runner is not None and not self.runner.done():
+            await asyncio.wait({self.runner}, timeout=_BACKGROUND_WAITS_S)
 
     def _note_swap(self, took_s: float) -> None:
         super()._note_swap(took_s)
