@@ -448,6 +448,13 @@ class Storage(Constructors["Storage"], ABC):
         """Whether parts of one object that are read at the same time can come sooner than the whole."""
         return True
 
+    def get_at_once(self, key: str) -> GetResult | None:
+        """As `get` of a whole small object, if its bytes can be had without any wait, also for a medium.
+
+        None if they cannot: `get` reads it, or raises the reason.
+        """
+        return None
+
     @property
     def reads_nowait(self) -> bool:
         """Whether `read_nowait` answers: bytes come sooner than another thread could fetch them."""

@@ -97,6 +97,8 @@ class StorageContract:
         assert got.data == data
         assert got.size == len(data)
         assert (await storage.head("x")).size == len(data)
+        at_once = storage.get_at_once("x")
+        assert at_once is None or (at_once.data, at_once.version) == (data, got.version)
 
     async def test_large_objects_come_whole_and_are_not_changed_by_the_next_answers(self, storage: Storage) -> None:
         contents = [bytes([n]) * (3 * 2**20 + n) for n in (1, 2)]
@@ -127,6 +129,7 @@ class StorageContract:
                 await storage.head(key)
         with pytest.raises(ObjectNotFoundError, match="nothing"):
             await storage.get("nothing", Range(0, 1))
+        assert storage.get_at_once("nothing") is None
 
     async def test_several_objects_come_in_the_order_of_their_keys_and_missing_ones_as_none(
         self, storage: Storage

@@ -460,6 +460,11 @@ class Assets:
         self._transactions.put(log.id, log, num_rows(log.updated_chunks) + 1)
 
     async def _load(self, key: str, decode: Callable[[bytes], T]) -> T:
+        at_once = self._files.get(key) or self._read_at_once(key)
+        if at_once is not None and len(at_once) < OFF_LOOP_BYTES:
+            # A damaged file may have another copy, which is looked for below.
+            with suppress(FormatError):
+                return decode(at_once)
         pool = self._pools.peek() or await self._pools.get()
 
         # A request that is stuck is not joined for long; a file that is being decoded always is, so its bytes are not
@@ -487,6 +492,10 @@ class Assets:
                 raise FormatError(f"cannot read {key!r}: {error.message}", error.kind) from error
 
         return await pool.flights.share(("decoded", key), load)
+
+    def _read_at_once(self, key: str) -> bytes | None:
+        found = self._storage.get_at_once(key)
+        return None if found is None else bytes(found.body)
 
     async def _read(self, pool: FetchPool, key: str) -> bytes:
         try:

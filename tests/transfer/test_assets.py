@@ -28,7 +28,7 @@ from icechunk.format.values import (
     TransactionLog,
 )
 from icechunk.storage.memory import MemoryStorage
-from icechunk.storage.port import Storage
+from icechunk.storage.port import ByteRange, GetResult, Storage, Version
 from icechunk.transfer import assets as assets_module
 from icechunk.transfer.assets import Assets
 from icechunk.transfer.cache import WeightedCache
@@ -189,3 +189,43 @@ async def test_a_file_that_is_being_decoded_is_joined_after_another_reader_was_c
     await asyncio.sleep(0)
     may_end.set()
     assert [one.id for one in await asyncio.gather(second, third)] == [id, id]
+
+
+class _AtOnce(MemoryStorage):
+    """Returns small objects without a wait; counts the requests for others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests = 0
+
+    def get_at_once(self, key: str) -> GetResult | None:
+        found = self._objects.get(key)
+        if found is None:
+            return None
+        return GetResult(body=found[1], size=len(found[1]), version=Version("1"), modified_us=0, date_us=None)
+
+    async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
+        self.requests += 1
+        return await super().get(key, byte_range)
+
+
+async def test_a_file_that_can_be_had_at_once_is_not_requested() -> None:
+    storage = _AtOnce()
+    log = TransactionLog(id=ObjectId(bytes(12)), new_groups=frozenset([NODE]))
+    key = transaction_key(log.id)
+    await storage.put(key, encode_transaction_log(log))
+    assets = with_embedded(storage, {}, num_transaction_changes=0)
+    assert (await assets.transaction_log(log.id)).new_groups == {NODE}
+    assert storage.requests == 0
+
+
+async def test_a_torn_file_that_can_be_had_at_once_is_replaced_as_any_other() -> None:
+    storage = _AtOnce()
+    log = TransactionLog(id=ObjectId(bytes(12)), new_groups=frozenset([NODE]))
+    key, data = transaction_key(log.id), encode_transaction_log(log)
+    await storage.put(key, data[:-9])
+    whole = with_embedded(storage, {key: data}, num_transaction_changes=0)
+    assert (await whole.transaction_log(log.id)).new_groups == {NODE}
+    torn = with_embedded(storage, {}, num_transaction_changes=0)
+    with raises(FormatError, FormatError.default_kind, key):
+        await torn.transaction_log(log.id)

@@ -70,6 +70,8 @@ _RENAME_NOREPLACE: Final = 1
 _RENAME_EXCL: Final = 4
 _LOCK_PATIENCE_S: Final = 60.0
 _LARGE_BYTES: Final = 512 * 1024
+_CACHED_BYTES: Final = 128 * 1024
+"""So many bytes are copied in a few microseconds; a thread takes a hundred to begin."""
 
 
 class Exclusion(Enum):
@@ -136,6 +138,37 @@ def read_file(descriptor: int, start: int, length: int, buffers: Buffers) -> byt
     while done < length and (count := os.preadv(descriptor, [view[done:]], start + done)):
         done += count
     return view[:done].toreadonly()
+
+
+TELLS_CACHED: Final = hasattr(os, "RWF_NOWAIT")
+"""Whether the system can read what is in the page cache, and nothing else."""
+NOT_TOLD: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""Error numbers of `read_cached` on a file system that cannot."""
+
+
+def read_cached(descriptor: int, start: int, length: int) -> bytes | None:
+    """As `read_file`, in less time than a thread takes to begin.
+
+    Returns
+    -------
+    bytes or None
+        None: not all of these bytes are in the page cache, or they are too many.
+
+    Raises
+    ------
+    OSError
+        They cannot be read so; with a number of `NOT_TOLD`: none of this file system can.
+    """
+    if length > _CACHED_BYTES or sys.platform != "linux":
+        return None
+    if not length:
+        return b""
+    data = bytearray(length)
+    try:
+        count = os.preadv(descriptor, [data], start, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return None
+    return bytes(data) if count == length else None
 
 
 def _read_pieces(descriptor: int, start: int, length: int) -> bytes:

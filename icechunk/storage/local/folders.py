@@ -303,13 +303,14 @@ class Folders:
 
     def require_certain(self, path: str, status: os.stat_result) -> None:
         """Raise `OSError` (``EIO``) where a sync of its folder failed lately, after a file got its name."""
-        folder = os.path.dirname(path)
-        first, last = self._doubts.get(folder, (0, 0))
+        if not self._is_certain(path, status):
+            raise _doubtful(os.path.dirname(path))
+
+    def _is_certain(self, path: str, status: os.stat_result) -> bool:
+        first, last = self._doubts.get(os.path.dirname(path), (0, 0))
         # The kernel's coarse clock is never ahead.
         certain = not first - _CLOCK_GRAIN_NS <= status.st_ctime_ns <= last
-        if certain or time.time_ns() - last > _SETTLED_AFTER_NS or self._is_durable(path, status):
-            return
-        raise _doubtful(folder)
+        return certain or time.time_ns() - last > _SETTLED_AFTER_NS or self._is_durable(path, status)
 
     def _is_durable(self, path: str, status: os.stat_result) -> bool:
         return self._durable_versions.get(path) == version_of(status)
@@ -322,6 +323,19 @@ class Folders:
             if len(self._durable_versions) > _MANY_FILES:
                 del self._durable_versions[next(iter(self._durable_versions))]
 
+    def is_settled(self, path: str, status: os.stat_result) -> bool:
+        """Whether `settle` has nothing to do for a file, and no error to raise."""
+        folder = os.path.dirname(path)
+        if not self._is_certain(path, status):
+            return False
+        if time.time_ns() - status.st_ctime_ns > _SETTLED_AFTER_NS or self._is_durable(path, status):
+            return True
+        # The change time is that of the link or rename, by the kernel's coarse clock.
+        named_ns = status.st_ctime_ns + _CLOCK_GRAIN_NS
+        if named_ns < self._synced_ns.get(folder, 0):
+            return True
+        return named_ns < _settled_ns.get(_identity(folder), 0)
+
     def settle(self, path: str, status: os.stat_result) -> None:
         """Sync the folder of a file before a reader sees it, if it is so young that its writer may not have.
 
@@ -330,18 +344,12 @@ class Folders:
         OSError
             The file's name may be gone after a power failure: that sync failed, or an earlier one of this process.
         """
+        if self.is_settled(path, status):
+            return
         self.require_certain(path, status)
         now_ns = time.time_ns()
-        if now_ns - status.st_ctime_ns > _SETTLED_AFTER_NS or self._is_durable(path, status):
-            return
         folder = os.path.dirname(path)
-        # The change time is that of the link or rename, by the kernel's coarse clock.
-        named_ns = status.st_ctime_ns + _CLOCK_GRAIN_NS
-        if named_ns < self._synced_ns.get(folder, 0):
-            return
         identity = _identity(folder)
-        if named_ns < _settled_ns.get(identity, 0):
-            return
         # A reader without the right to sync has a read-only view; the writer has synced it. A folder that was removed
         # meanwhile has no names.
         with contextlib.suppress(PermissionError, FileNotFoundError):

@@ -55,12 +55,15 @@ from icechunk.runtime.threads import ProcessPool
 from icechunk.storage.buffers import Buffers
 from icechunk.storage.local.direct import DirectWrites
 from icechunk.storage.local.files import (
+    NOT_TOLD,
     RESERVED,
+    TELLS_CACHED,
     Exclusion,
     info_of,
     locked,
     path_of,
     publish_new,
+    read_cached,
     read_file,
     sweep,
     temporary_name,
@@ -100,6 +103,8 @@ T = TypeVar("T")
 
 _NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 _THREADS: Final = 32
+_READ: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+"""Flags for reading; a named pipe must not stop us."""
 _READ_TOGETHER: Final = 64
 """Number of files that one thread reads, where many are wanted."""
 _REFUSED: Final = frozenset(
@@ -162,15 +167,21 @@ class LocalStorage(Storage):
         self._swept = False
         self._buffers = Buffers()
         self._direct = DirectWrites()
+        self._tells_cached = TELLS_CACHED
 
     async def get(self, key: str, byte_range: ByteRange = None) -> GetResult:
-        if self._is_absent(key):
-            raise self._not_found(key)
-        return await self._in_thread(self._get, key, byte_range)
+        found = self._get_cached(key, byte_range)
+        return await self._in_thread(self._get, key, byte_range) if found is None else found
+
+    def get_at_once(self, key: str) -> GetResult | None:
+        try:
+            return self._get_cached(key, None)
+        except (StorageError, InvalidInputError):
+            return None
 
     async def get_all(self, keys: Sequence[str]) -> list[GetResult | None]:
-        if len(keys) <= _FEW_KEYS and all(map(self._is_absent, keys)):
-            return [None] * len(keys)
+        if len(keys) <= _FEW_KEYS and (found := self._all_cached(keys)) is not None:
+            return found
         # A thread for each file would cost more than the files.
         shares = [keys[first : first + _READ_TOGETHER] for first in range(0, len(keys), _READ_TOGETHER)]
         jobs = [partial(self._in_thread, self._get_some, share) for share in shares]
@@ -362,12 +373,59 @@ class LocalStorage(Storage):
         except OSError:
             return False
 
+    def _get_cached(self, key: str, byte_range: ByteRange) -> GetResult | None:
+        """As `_get`, in less time than a thread takes to begin; None: that may take longer, or `_get` raises an error.
+
+        Raises
+        ------
+        ObjectNotFoundError
+            There is no such object.
+        """
+        if not self._tells_cached:
+            if self._is_absent(key):
+                raise self._not_found(key)
+            return None
+        path = self._path(key)
+        try:
+            descriptor = os.open(path, _READ)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise self._not_found(key) from None
+        except OSError:
+            return None
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise self._not_found(key)
+            if not self._is_settled(key, path, status):
+                return None
+            start, stop = resolve_range(byte_range, status.st_size, key)
+            data = read_cached(descriptor, start, stop - start)
+        except OSError as error:
+            self._tells_cached = error.errno not in NOT_TOLD
+            return None
+        finally:
+            os.close(descriptor)
+        return None if data is None else self._result(data, status)
+
+    def _all_cached(self, keys: Sequence[str]) -> list[GetResult | None] | None:
+        """Whole objects as by `_get_cached`, each None where there is none; None: `_get_some` has to read them."""
+        found: list[GetResult | None] = []
+        for key in keys:
+            try:
+                answer = self._get_cached(key, None)
+            except ObjectNotFoundError:
+                found.append(None)
+                continue
+            if answer is None:
+                return None
+            found.append(answer)
+        return found
+
     def _get(self, key: str, byte_range: ByteRange) -> GetResult:
         path = self._path(key)
         with self._translated("read", key):
             try:
-                # O_NONBLOCK: a named pipe must not stop us.
-                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+                descriptor = os.open(path, _READ)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise self._not_found(key) from None
             except PermissionError:
@@ -389,6 +447,9 @@ class LocalStorage(Storage):
                 "the file was truncated by another program",
                 ErrorKind.IO,
             )
+        return self._result(data, status)
+
+    def _result(self, data: Octets, status: os.stat_result) -> GetResult:
         return GetResult(
             body=data,
             size=status.st_size,
@@ -396,6 +457,13 @@ class LocalStorage(Storage):
             modified_us=status.st_mtime_ns // 1000,
             date_us=self._sources.wall_us(),
         )
+
+    def _is_settled(self, key: str, path: str, status: os.stat_result) -> bool:
+        """Whether `_seen` has no folder to sync for a file; if so, does what that does."""
+        if not key.startswith(_REFERRED_TO) and not self._folders.is_settled(path, status):
+            return False
+        self._folders.use(os.path.dirname(path))
+        return True
 
     def _seen(self, key: str, path: str, status: os.stat_result) -> None:
         self._folders.use(os.path.dirname(path))
