@@ -42,6 +42,8 @@ Name: TypeAlias = Literal["log", "repo", "refs"]
 LAYOUTS: tuple[Name, ...] = ("log", "repo", "refs")
 CHUNK = 1000
 """Values of a chunk, too many to be inline."""
+MOST = 10
+"""Commits that fit into the arrays; each check reads all their chunks in every version."""
 
 
 def repository(root: Path, *, create: bool = False, layout: Name = "log") -> icechunk.Repository:
@@ -60,8 +62,8 @@ def commit(repo: icechunk.Repository, number: int) -> None:
     session = repo.writable_session("main")
     group: Any = zarr.open_group(session.store, mode="a")
     if not number:
-        group.create_array("small", shape=(100,), chunks=(1,), dtype="i4", compressors=None)
-        group.create_array("large", shape=(100 * CHUNK,), chunks=(CHUNK,), dtype="i4", compressors=None)
+        group.create_array("small", shape=(MOST,), chunks=(1,), dtype="i4", compressors=None)
+        group.create_array("large", shape=(MOST * CHUNK,), chunks=(CHUNK,), dtype="i4", compressors=None)
     group.attrs["number"] = number
     group["small"][number] = number + 1
     if number % 2:

@@ -44,7 +44,7 @@ def digest(values: Any) -> dict[str, Any]:
 
 
 def dump(repo: Any) -> dict[str, Any]:
-    """All that is committed in `repo`, in values that JSON can carry; parts of arrays at tips of branches and tags only."""
+    """All that is committed in `repo`, in values that JSON can carry; parts of arrays at the tips of refs only."""
     branches = {name: repo.lookup_branch(name) for name in sorted(repo.list_branches())}
     tags = {name: repo.lookup_tag(name) for name in sorted(repo.list_tags())}
     tips = {*branches.values(), *tags.values()}
