@@ -12,6 +12,7 @@ snapshot, so an expiration that was interrupted is finished by the next one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from icechunk.format.ids import ObjectId
 from icechunk.log.repository.events import BranchDeleted, Event, ExpirationRan, TagDeleted
@@ -202,7 +203,10 @@ async def expire(
         # The last proposal is the one that lands.
         released.clear()
         released.update(event.released)
-        return [event]
+        # Events of their own, which the ops log and the feed then show.
+        branches = [BranchDeleted(name=name) for name in event.deleted_branches]
+        tags = [TagDeleted(name=name) for name in event.deleted_tags]
+        return [*branches, *tags, replace(event, deleted_branches=(), deleted_tags=())]
 
     await log.append(propose)
     return released

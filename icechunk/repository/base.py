@@ -72,7 +72,7 @@ class RepositoryBase:
             The first is no ancestor of the second (kind ``bad-snapshot-chain-for-diff``).
         """
         wanted: list[ObjectId] = []
-        for record in (await self._core.learn(end, ancestry=True)).ancestry(end):
+        for record in (await self._core.learn(end, ancestry=True, until={start})).ancestry(end):
             if record.id == start:
                 break
             wanted += [record.id, *reversed(record.pruned_ancestor_tx_logs)]

@@ -154,15 +154,17 @@ class Changes(RepositoryBase):
         last = state.branch_tip("main") if until is None else object_id_from_text(until)
         logs, before, after = await self._between(first, last)
         net = net_diff(logs, before, after)
-        new, updated = {n.id for n in net.new}, {n.id for n in net.updated}
-        touched = new | updated | set(net.chunks)
+        older = await self._made_without_log(logs, before, after)
+        chunks = {**net.chunks, **older}
+        new, updated = {*older, *(n.id for n in net.new)}, {n.id for n in net.updated}
+        touched = new | updated | set(chunks)
         nodes = [n for n in with_ids(after.nodes, touched).values() if n.kind is NodeKind.ARRAY]
         arrays = {}
         for node in sorted(nodes, key=lambda node: node.path):
             meta = _grid(node)
             arrays[node.path] = ArrayChange(
                 path=node.path,
-                chunks=net.chunks.get(node.id, np.empty((0, len(node.shape)), np.uint32)),
+                chunks=chunks.get(node.id, np.empty((0, len(node.shape)), np.uint32)),
                 shape=tuple(d.array_length for d in node.shape),
                 chunk_shape=meta,
                 dimension_names=node.dimension_names or (None,) * len(node.shape),
@@ -178,6 +180,24 @@ class Changes(RepositoryBase):
         )
 
     changes: Final = synchronous(changes_async)
+
+    async def _made_without_log(
+        self, logs: Sequence[TransactionLog], before: Snapshot, after: Snapshot
+    ) -> dict[NodeId, Coords]:
+        """The arrays that none of the logs creates, each with the chunks that it has.
+
+        An expiration in format 1, and of older libraries, leaves no log of the commits that it takes out of the
+        history; it makes the next commit a child of the first snapshot, which has no nodes.
+        """
+        if len(before.nodes):
+            return {}
+        created = frozenset[NodeId]().union(*(log.new_arrays for log in logs))
+        found = {}
+        for node in after.nodes.values():
+            if node.kind is NodeKind.ARRAY and node.id not in created:
+                grid = tuple((0, d.num_chunks) for d in node.shape)
+                found[node.id] = np.argwhere(await self._coverage(node, grid, after)).astype(np.uint32)
+        return found
 
     async def changed_labels_async(self, changes: ChangedRegions, path: str) -> list[dict[str, slice]]:
         """The changed boxes of one array as label slices, for ``xarray.Dataset.sel``.

@@ -16,7 +16,8 @@ import base64
 import binascii
 import hashlib
 import zlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Container, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from enum import StrEnum
@@ -26,8 +27,9 @@ from typing import Any, ClassVar, Final
 from icechunk.errors import ErrorKind, InvalidInputError, ObjectNotFoundError, SnapshotNotFoundError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId, encode_id, object_id_from_text
 from icechunk.format.repo import repo_info as stored
+from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository.port import Layout, RepositoryLog
-from icechunk.log.repository.state import RepoState, is_rewritten_as
+from icechunk.log.repository.state import MAIN, RepoState, is_rewritten_as
 from icechunk.repository.changes import ChangedRegions, Changes
 from icechunk.repository.views import snapshot_info, update
 from icechunk.runtime import json_codec
@@ -311,25 +313,66 @@ class _RefsFollower:
         state = await self._log.refresh()
         self._log.require_all_refs()
         branches, tags = _refs(state)
+        tips = set(self._branches.values())
         for name in sorted(self._branches.keys() - branches.keys()):
             before = self._branches.pop(name)
             yield self._made(EventKind.BRANCH_DELETED, branch=name, previous_snapshot_id=before)
         for name in sorted(self._tags.keys() - tags.keys()):
             before = self._tags.pop(name)
             yield self._made(EventKind.TAG_DELETED, tag=name, previous_snapshot_id=before)
-        for name, tip in branches.items():
+        history = set[ObjectId]()
+        for name, tip in sorted(branches.items(), key=lambda item: (item[0] != MAIN, item)):
             old = self._branches.get(name)
-            if old == tip:
-                continue
-            async for event in self._moved(name, old, tip):
-                yield event
+            if old is None:
+                async for event in self._created(name, tip, tips | set(self._branches.values()), history):
+                    yield event
+            elif old != tip:
+                async for event in self._moved(name, old, tip):
+                    yield event
         for name, target in tags.items():
             if self._tags.get(name) != target:
                 self._tags[name] = target
                 info = await self._info(target)
                 yield self._made(EventKind.TAG_CREATED, tag=name, snapshot_id=target, snapshot=info)
 
-    async def _moved(self, name: str, old: str | None, tip: str) -> AsyncIterator[RepositoryEvent]:
+    async def _created(
+        self, name: str, tip: str, known: set[str], history: set[ObjectId]
+    ) -> AsyncIterator[RepositoryEvent]:
+        """A new branch where it left the history of the known tips, and the commits from there on.
+
+        ``history`` has snapshots that known tips reach; more are added.
+        """
+        for one in known:
+            with suppress(SnapshotNotFoundError):
+                history |= {record.id for record in await self._lineage(one, history)}
+        try:
+            *new, start = await self._lineage(tip, history, with_end=True)
+        except SnapshotNotFoundError:
+            self._branches[name] = tip
+            yield self._made(EventKind.BRANCH_CREATED, branch=name, snapshot_id=tip)
+            return
+        self._branches[name] = encode_id(start.id)
+        yield self._made(
+            EventKind.BRANCH_CREATED, branch=name, snapshot_id=encode_id(start.id), snapshot=snapshot_info(start)
+        )
+        for event in self._commits(name, new):
+            yield event
+
+    async def _lineage(
+        self, tip: str, end: Container[ObjectId] = frozenset(), *, with_end: bool = False
+    ) -> list[SnapshotRecord]:
+        """A snapshot and its ancestors, newest first, up to the first one in ``end``; that one only ``with_end``."""
+        id, found = object_id_from_text(tip), []
+        if id in end and not with_end:
+            return []
+        for record in (await self._log.learn([id], ancestry=True, until=end)).ancestry(id):
+            if record.id not in end or with_end:
+                found.append(record)
+            if record.id in end:
+                break
+        return found
+
+    async def _moved(self, name: str, old: str, tip: str) -> AsyncIterator[RepositoryEvent]:
         """The commits that lead from one tip to the next, or one event where they do not."""
         if old in self._gone:
             # Whether commits led from there is not known.
@@ -337,25 +380,26 @@ class _RefsFollower:
             yield self._made(EventKind.GAP, branch=name, snapshot_id=tip)
             return
         try:
-            state = await self._log.learn([object_id_from_text(tip)], ancestry=True)
+            lineage = await self._lineage(tip, {object_id_from_text(old)}, with_end=True)
         except SnapshotNotFoundError:
             self._branches[name] = tip
             yield self._made(EventKind.BRANCH_RESET, branch=name, snapshot_id=tip, previous_snapshot_id=old)
             return
-        lineage = []
-        for record in state.ancestry(object_id_from_text(tip)):
-            if encode_id(record.id) == old:
-                break
-            lineage.append(record)
-        else:
+        *new, last = lineage
+        if encode_id(last.id) != old:
             self._branches[name] = tip
-            kind = EventKind.BRANCH_CREATED if old is None else EventKind.BRANCH_RESET
+            info = snapshot_info(lineage[0])
             yield self._made(
-                kind, branch=name, snapshot_id=tip, previous_snapshot_id=old, snapshot=snapshot_info(lineage[0])
+                EventKind.BRANCH_RESET, branch=name, snapshot_id=tip, previous_snapshot_id=old, snapshot=info
             )
             return
-        for record in reversed(lineage):
-            id, before = encode_id(record.id), self._branches.get(name)
+        for event in self._commits(name, new):
+            yield event
+
+    def _commits(self, name: str, new: Sequence[SnapshotRecord]) -> Iterator[RepositoryEvent]:
+        """The commits of a branch after its tip, newest first as given."""
+        for record in reversed(new):
+            id, before = encode_id(record.id), self._branches[name]
             self._branches[name] = id
             yield self._made(
                 EventKind.COMMIT,

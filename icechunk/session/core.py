@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
@@ -350,9 +350,10 @@ class Core:
     async def _find_file(self, key: str) -> bytes | None:
         return await (await self.log()).find_file(key)
 
-    async def learn(self, *snapshots: ObjectId, ancestry: bool = False) -> RepoState:
-        """The state as last read, with these snapshots in its graph, and with ``ancestry`` also their ancestors."""
-        return await (await self.log()).learn(snapshots, ancestry=ancestry)
+    async def learn(self, *snapshots: ObjectId, ancestry: bool = False, until: Container[ObjectId] = ()) -> RepoState:
+        """The state as last read, with these snapshots in its graph, and with ``ancestry`` also their ancestors, up to
+        the first one in ``until``."""
+        return await (await self.log()).learn(snapshots, ancestry=ancestry, until=until)
 
     def packs(self) -> Packs:
         """The packs for the chunks of one writable session."""

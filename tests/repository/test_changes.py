@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from icechunk.errors import ErrorKind, InvalidInputError, NodeNotFoundError
 from icechunk.format.transaction import in_parts
 from icechunk.repository.changes import boxes_of
 from icechunk.session import commit as commit_files
+from icechunk.testing.recording import RecordingStorage
 from icechunk.xarray import to_icechunk
 
 VERSIONS = pytest.mark.parametrize("spec_version", [None, 2, 1])
@@ -172,6 +174,42 @@ def test_a_region_is_of_chunks_and_counts_as_numpy_does() -> None:
     assert repo.blame("g/a", (-1, slice(1, 1))).index.shape == (1, 0)
     assert repo.blame("g/a", [-1, 2]).origin == (4, 2)
     assert repo.blame("g/a", (slice(3, 99), 0)).index.shape == (2, 1)
+
+
+@VERSIONS
+def test_changes_since_the_beginning_are_whole_after_an_expiration(spec_version: int | None) -> None:
+    repo, ids = repository(spec_version)
+    first = [info.id for info in repo.ancestry(branch="main")][-1]
+    with repo.transaction("main", message="others") as store:
+        zarr.create_array(store, name="scalar", shape=(), dtype="i4")[...] = 1
+        zarr.create_array(store, name="empty", shape=(3,), chunks=(1,), dtype="i4")
+    with repo.transaction("main", message="more") as store:
+        zarr.open_array(store, path="g/a")[8] = 4
+    repo.expire_snapshots(datetime.now(UTC) + timedelta(days=1))
+    assert repo.lookup_snapshot(repo.lookup_branch("main")).parent_id == first
+    again = icechunk.Repository.open(repo.storage)
+    changes = again.changes(first)
+    assert {path: (one.is_new, len(one.chunks)) for path, one in changes.arrays.items()} == {
+        "/empty": (True, 0),
+        "/g/a": (True, 14 if spec_version == 1 else 15),
+        "/scalar": (True, 1),
+    }
+    assert ids[0] not in {info.id for info in again.ancestry(branch="main")}
+
+
+@VERSIONS
+def test_changes_of_one_commit_read_no_other_commits(spec_version: int | None) -> None:
+    storage = RecordingStorage(icechunk.in_memory_storage())
+    repo = icechunk.Repository.create(storage, spec_version=spec_version)
+    for i in range(30):
+        with repo.transaction("main", message=f"{i}") as store:
+            zarr.create_group(store, path=f"g{i}")
+    tip = repo.lookup_snapshot(repo.lookup_branch("main"))
+    assert tip.parent_id is not None
+    again = icechunk.Repository.open(storage)
+    storage.requests.clear()
+    assert not again.changes(tip.parent_id, tip.id).arrays
+    assert len(storage.requests) < 10
 
 
 def test_changes_refuse_names_of_branches() -> None:

@@ -123,6 +123,62 @@ async def test_any_token_goes_on_behind_its_event_after_a_restart(layout: str) -
 
 
 @LAYOUTS
+@pytest.mark.parametrize("since", ["the oldest", "the creation"])
+async def test_commits_of_a_branch_that_is_new_to_the_watcher_are_events(layout: str, since: str) -> None:
+    repo = await asyncio.to_thread(create, layout)
+    start = "" if since == "the oldest" else (await events_of(repo, since=""))[-1].token
+
+    def change() -> list[str]:
+        a, b = commit(repo, "a"), commit(repo, "b")
+        repo.create_branch("dev", a)
+        c, d, e = commit(repo, "c", "dev"), commit(repo, "d"), commit(repo, "e", "dev")
+        repo.create_branch("on-a-tip", e)
+        repo.create_branch("within", c)
+        return [a, b, c, d, e]
+
+    a, b, c, d, e = await asyncio.to_thread(change)
+    events = await events_of(repo, since=start, with_changes=True)
+    found = {
+        name: [(str(one.kind), one.snapshot_id) for one in events if one.branch == name]
+        for name in ("main", "dev", "on-a-tip", "within")
+    }
+    assert [one for one in found["main"] if one[0] == "commit"] == [("commit", a), ("commit", b), ("commit", d)]
+    assert found["dev"] == [("branch-created", a), ("commit", c), ("commit", e)]
+    assert found["on-a-tip"] == [("branch-created", e)]
+    assert found["within"] == [("branch-created", c)]
+    assert all((one.changes is not None) == (one.kind is EventKind.COMMIT) for one in events)
+    for position, event in enumerate(events):
+        rest = await events_of(repo, since=event.token)
+        assert [one.snapshot_id for one in rest] == [one.snapshot_id for one in events[position + 1 :]]
+
+
+@LAYOUTS
+async def test_branches_and_tags_that_an_expiration_deletes_are_events(layout: str) -> None:
+    repo = await asyncio.to_thread(create, layout)
+
+    def prepare() -> str:
+        first = commit(repo, "first")
+        repo.create_branch("dev", first)
+        repo.create_tag("v1", first)
+        commit(repo, "second")
+        return first
+
+    first = await asyncio.to_thread(prepare)
+    token = (await events_of(repo, since=""))[-1].token
+    late = datetime.now(UTC) + timedelta(days=1)
+    released = await repo.expire_snapshots_async(late, delete_expired_branches=True, delete_expired_tags=True)
+    assert first in released
+    events = await events_of(await Repository.open_async(repo.storage), since=token)
+    found = [(str(one.kind), one.branch, one.tag, one.previous_snapshot_id) for one in events]
+    deleted = [("branch-deleted", "dev", None, first), ("tag-deleted", None, "v1", first)]
+    assert [one for one in found if one[0].endswith("-deleted")] == deleted
+    if layout != "refs":
+        assert found == [*deleted, ("expired", None, None, None)]
+    assert (await repo.list_branches_async(), await repo.list_tags_async()) == ({"main"}, set())
+    assert len(await events_of(repo, since=token, branch="dev")) == 1
+
+
+@LAYOUTS
 async def test_a_watcher_gets_events_that_happen_while_it_waits(layout: str) -> None:
     repo = await asyncio.to_thread(create, layout)
     heard: list[str | None] = []
@@ -148,6 +204,20 @@ async def test_a_poll_without_changes_costs_one_request() -> None:
     storage.requests.clear()
     await events_of(repo)
     assert [r.verb for r in storage.requests] == ["get"] * 2
+
+
+@LAYOUTS
+async def test_a_restarted_watcher_reads_in_proportion_to_what_is_new(layout: str) -> None:
+    repo = await asyncio.to_thread(create, layout)
+    await asyncio.to_thread(lambda: [commit(repo, f"g{i}") for i in range(30)])
+    token = (await events_of(repo, since=""))[-1].token
+    tip = await asyncio.to_thread(commit, repo, "last")
+    storage = RecordingStorage(repo.storage)
+    again = await Repository.open_async(storage)
+    storage.requests.clear()
+    events = await events_of(again, since=token)
+    assert [one.snapshot_id for one in events] == [tip]
+    assert len(storage.requests) < 10
 
 
 async def test_configuration_status_and_maintenance_are_events() -> None:

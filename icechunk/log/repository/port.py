@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TypeAlias
@@ -158,8 +158,11 @@ class RepositoryLog(ABC):
             Why the others are not known: they cannot be listed.
         """
 
-    async def learn(self, snapshots: Iterable[ObjectId], *, ancestry: bool = False) -> RepoState:
-        """See to it that the state's graph has these snapshots, and with ``ancestry`` all that they descend from.
+    async def learn(
+        self, snapshots: Iterable[ObjectId], *, ancestry: bool = False, until: Container[ObjectId] = ()
+    ) -> RepoState:
+        """See to it that the state's graph has these snapshots, and with ``ancestry`` all that they descend from, each
+        line of them up to the first one in ``until``.
 
         In layouts whose graph is always whole nothing happens, and nothing is looked for. In format 1 the
         files are read.

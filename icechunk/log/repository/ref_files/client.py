@@ -7,7 +7,7 @@ takes one too: an answer to a read that began before may be older.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -209,7 +209,9 @@ class RefFilesView:
             snapshots=self._records,
         )
 
-    async def learn(self, snapshots: Iterable[ObjectId], *, ancestry: bool = False) -> RepoState:
+    async def learn(
+        self, snapshots: Iterable[ObjectId], *, ancestry: bool = False, until: Container[ObjectId] = ()
+    ) -> RepoState:
         """As `RepositoryLog.learn`."""
         for id in snapshots:
             child: SnapshotRecord | None = None
@@ -221,7 +223,7 @@ class RefFilesView:
                     if child is None or (current := await self._new_parent(child)) is None:
                         raise
                     continue
-                child, current = record, record.parent if ancestry else None
+                child, current = record, record.parent if ancestry and current not in until else None
         self._state = replace(self.state, snapshots=self._records)
         return self.state
 

@@ -16,7 +16,7 @@ commit also by the snapshot id, at the tip or below it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
 from icechunk.config import config_from_dict
@@ -154,8 +154,10 @@ class RefFilesLayout(SwappedLog[_Write]):
         await self.tell_told()
         return self.state
 
-    async def learn(self, snapshots: Iterable[ObjectId], *, ancestry: bool = False) -> RepoState:
-        return await self._view.learn(snapshots, ancestry=ancestry)
+    async def learn(
+        self, snapshots: Iterable[ObjectId], *, ancestry: bool = False, until: Container[ObjectId] = ()
+    ) -> RepoState:
+        return await self._view.learn(snapshots, ancestry=ancestry, until=until)
 
     async def name_refs(self, *, branches: Iterable[str] = (), tags: Iterable[str] = ()) -> RepoState:
         return await self._view.name(branches, tags)
