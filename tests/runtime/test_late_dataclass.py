@@ -70,6 +70,73 @@ def plain(decorator: Decorator, **options: bool) -> Any:
     return Plain
 
 
+def usual(decorator: Decorator, **options: bool) -> Any:
+    @decorator(slots=True, **options)
+    class Usual:
+        """A class."""
+
+        kind: ClassVar[str] = "usual"
+        first: int
+        second: list[int] = field(default_factory=list, compare=False)
+        third: str = field(default="three", repr=False, metadata={"unit": "m"})
+        fourth: int = field(default=4, kw_only=True)
+        fifth: int | None = None
+
+        def __post_init__(self) -> None:
+            if self.fourth == self.first:
+                raise ValueError("the first and the fourth are the same")
+
+        def sum(self) -> int:
+            return self.first + self.fourth
+
+    return Usual
+
+
+def with_required_keywords(decorator: Decorator, **options: bool) -> Any:
+    @decorator(slots=True, **options)
+    class Keywords:
+        first: int = 1
+        second: int = field(kw_only=True, default=2)
+        self: int = 3
+        _third: int = 3
+        fourth: int = field(default=4, init=False)
+
+    return Keywords
+
+
+def with_wrong_order(decorator: Decorator, **options: bool) -> Any:
+    @decorator(slots=True, **options)
+    class Wrong:
+        first: int = 1
+        second: int
+
+    return Wrong
+
+
+def with_own_assignment(decorator: Decorator, **options: bool) -> Any:
+    @decorator(slots=True, **options)
+    class Own:
+        first: int = 1
+
+        def __setattr__(self, name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+    return Own
+
+
+def with_default_of_a_base(decorator: Decorator, **options: bool) -> Any:
+    class Base:
+        __slots__ = ()
+        second = 2
+
+    @decorator(slots=True, **options)
+    class Derived(Base):
+        first: int
+        second: int
+
+    return Derived
+
+
 def with_own_methods(decorator: Decorator, **options: bool) -> Any:
     @decorator(slots=True, **options)
     class Own:
@@ -136,7 +203,18 @@ def abstract(decorator: Decorator, **options: bool) -> Any:
     return Derived
 
 
-DEFINITIONS = [plain, with_own_methods, with_own_hash, derived, abstract]
+DEFINITIONS = [
+    plain,
+    usual,
+    with_required_keywords,
+    with_wrong_order,
+    with_own_assignment,
+    with_default_of_a_base,
+    with_own_methods,
+    with_own_hash,
+    derived,
+    abstract,
+]
 
 
 def outcome(run: Callable[[], Any]) -> Any:
@@ -150,7 +228,11 @@ def outcome(run: Callable[[], Any]) -> Any:
 def described(cls: Any) -> dict[str, Any]:
     """All that shows how a class behaves whose first field is a number."""
     one, same, other = (cls(first=number) for number in (1, 1, 2))
-    params = repr(cls.__dataclass_params__)  # from here on there is no placeholder
+    params = repr(cls.__dataclass_params__)
+    fields = [str(found) for found in dataclasses.fields(cls)]
+    positions = getattr(cls, "__match_args__", None)
+    assignment = outcome(lambda: setattr(one, "first", 3))
+    state = outcome(other.__getstate__)  # from here on there is no placeholder
     members = {
         name: str(inspect.signature(member)) if inspect.isfunction(member) else None
         for name, member in vars(cls).items()
@@ -163,20 +245,25 @@ def described(cls: Any) -> dict[str, Any]:
         },
         "slots": cls.__slots__,
         "signature": str(inspect.signature(cls)),
-        "fields": [str(found) for found in dataclasses.fields(cls)],
+        "fields": fields,
         "params": params,
-        "match": getattr(cls, "__match_args__", None),
+        "match": positions,
         "instance": (repr(one).rpartition(" at ")[0], dataclasses.asdict(one)),
+        "annotations": cls.__init__.__annotations__,
+        "constructor": (cls.__init__.__module__, cls.__init__.__doc__, cls.__init__.__name__),
         "positional": outcome(lambda: dataclasses.astuple(cls(1))),
+        "all positional": outcome(lambda: dataclasses.astuple(cls(1, [2], "3", 5))),
+        "all by name": outcome(lambda: dataclasses.astuple(cls(first=1, second=[2], third="3", fourth=5, fifth=6))),
+        "refused": outcome(lambda: dataclasses.astuple(cls(1, fourth=1))),
         "missing": outcome(lambda: cls(nothing=1)),
         "equal": (one == same, one == other, one != other, one == 1),
         "order": outcome(lambda: (one < other, one <= other, one > other, one >= other)),
         "hash": outcome(lambda: hash(one) == hash(same)),
-        "assignment": outcome(lambda: setattr(one, "first", 3)),
+        "assignment": assignment,
         "deletion": outcome(lambda: delattr(one, "first")),
         "replaced": dataclasses.asdict(dataclasses.replace(other, first=9)),
         "copied": dataclasses.asdict(copy.deepcopy(other)),
-        "state": outcome(other.__getstate__),
+        "state": state,
         "replaces": hasattr(cls, "__replace__"),
         "weak": hasattr(cls, "__weakref__"),
     }
@@ -192,12 +279,14 @@ def test_a_late_class_is_the_one_that_the_standard_library_makes(
     )
 
 
+FIELDS_ONLY = [dataclasses.fields, dataclasses.is_dataclass]
+
+
 @pytest.mark.parametrize(
     "use",
     [
         lambda cls: cls(1),
-        lambda cls: dataclasses.fields(cls),
-        lambda cls: dataclasses.is_dataclass(cls),
+        *FIELDS_ONLY,
         lambda cls: cls.__match_args__,
         inspect.signature,
         lambda cls: repr(object.__new__(type("Derived", (cls,), {"first": 1, "second": 2, "fourth": 4}))),
@@ -225,9 +314,32 @@ def test_the_first_use_of_a_class_makes_its_methods_and_no_other_does(
     outcome(lambda: use(cls))
     assert made == ["Plain"]
     for _ in range(2):
-        # Some attributes are made with the constructor, some with what compares.
+        # Some attributes are made with the constructor, some with what compares, and fields alone.
         assert (cls(3).sum(), cls(1) == cls(1), bool(repr(cls(1)))) == (7, True, True)
-        assert made == ["Plain"] * 2
+        assert made == ["Plain"] * (3 if use in FIELDS_ONLY else 2)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_values_are_made_and_matched_without_the_standard_library(
+    frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = usual(LATE, frozen=frozen)
+    with monkeypatch.context() as patched:
+        patched.delattr(dataclasses, "dataclass")
+        one = cls(3, [2], fifth=5)
+        match one:
+            case cls(first, second, third, fifth):
+                assert (first, second, third, fifth) == (3, [2], "three", 5)
+        assert cls(3).second is not cls(3).second
+        assert one.sum() == 7
+        with pytest.raises(ValueError, match="the same"):  # words: the definition's own
+            cls(4)
+    constructor = cls.__init__
+    assert len(dataclasses.fields(cls)) == 5
+    assert cls.__init__ is constructor
+    assert outcome(lambda: setattr(one, "first", 4)) == (
+        ("FrozenInstanceError", "cannot assign to field 'first'") if frozen else None
+    )
 
 
 def test_late_classes_pickle_before_and_after_their_first_use() -> None:
@@ -296,7 +408,12 @@ def test_all_dataclasses_of_the_package_are_late_and_well_defined() -> None:
             continue
         for cls in vars(module).values():
             if isinstance(cls, type) and cls.__module__ == name and dataclasses.is_dataclass(cls):
-                inspect.signature(cls)
+                made = list(inspect.signature(cls).parameters)
+                if (
+                    getattr(cls.__init__, "__code__", None) and cls.__init__.__code__.co_filename == "<string>"
+                ):  # not the definition's own
+                    known = [found for found in dataclasses.fields(cls) if found.init]
+                    assert made == [found.name for found in sorted(known, key=lambda found: bool(found.kw_only))], cls
                 checked += 1
     assert checked > 200
 
