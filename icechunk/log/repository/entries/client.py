@@ -353,9 +353,11 @@ class LogView:
         return True
 
     async def _read_expected(self) -> bool:
-        """In a crowd, read as many slots at once as have probably been taken, and one more; False: nothing is decided.
+        """Where other clients write too, read as many slots at once as have probably been taken, and one more; False:
+        nothing is decided.
 
-        One round trip to the end of the log, and no listing, which would be late by the time that it takes.
+        One round trip to the end of the log, and no listing, which would be late by the time that it takes, and is the
+        request that costs a store most.
         """
         expected = self.crowd.expected(self.sources.elapsed_us())
         while expected:

@@ -32,6 +32,10 @@ _LEAST_TRIP_US: Final = 8_000
 """With shorter round trips clients wait for the machines: turns would cost more than they save."""
 _CROWDED_TRIPS: Final = 6
 """Round trips between two entries, above which clients are not in each other's way."""
+_FAST_US: Final = 250_000
+"""Time between two entries, below which a client reads ahead also where it takes no turns."""
+_MOST_AHEAD: Final = 8
+"""Slots that it reads ahead then, at most."""
 _PATIENCE_TRIPS: Final = 4
 """Round trips after which a turn counts as unused."""
 _UNUSED_TURNS: Final = 3
@@ -75,6 +79,8 @@ class Crowd:
         """Time at which the turn of the first client in the order began, µs."""
         self._seen: deque[tuple[int, int]] = deque(maxlen=_OBSERVED)
         """Slots, and when they were read, µs."""
+        self._of_others: deque[bool] = deque(maxlen=_OBSERVED)
+        """Whether the entries in these slots are other clients'."""
 
     def note_trip(self, took_us: float) -> None:
         """A request for a slot has taken so long."""
@@ -89,6 +95,7 @@ class Crowd:
         """An entry has been folded just now."""
         self._seen.append((n, now_us))
         tag = tag_of(nonce)
+        self._of_others.append(tag != self.tag)
         if tag is None:
             return
         first = next(iter(self._unused), None)
@@ -120,12 +127,16 @@ class Crowd:
     @property
     def interval_us(self) -> float:
         """Time between two entries; 0: unknown, or so long that clients are not in each other's way."""
-        trip_us = self.trip_us
-        if len(self._seen) < 2 or trip_us < _LEAST_TRIP_US:
+        trip_us, interval_us = self.trip_us, self._pace_us
+        return interval_us if trip_us >= _LEAST_TRIP_US and interval_us <= _CROWDED_TRIPS * trip_us else 0.0
+
+    @property
+    def _pace_us(self) -> float:
+        """Time between two entries; 0: unknown."""
+        if len(self._seen) < 2:
             return 0.0
         (first, began_us), (last, ended_us) = self._seen[0], self._seen[-1]
-        interval_us = (ended_us - began_us) / max(1, last - first)
-        return interval_us if interval_us <= _CROWDED_TRIPS * trip_us else 0.0
+        return (ended_us - began_us) / max(1, last - first)
 
     def ahead(self, now_us: int) -> int:
         """Number of clients whose turn comes before this client's, without the turns that have passed unused."""
@@ -135,8 +146,14 @@ class Crowd:
         return max(0, before - self._given_up(now_us))
 
     def expected(self, now_us: int) -> int:
-        """Number of entries that may have been added since the newest one was read, about; 0: not in a crowd."""
-        interval_us = self.interval_us
-        if not interval_us:
+        """Number of entries that other clients may have added since the newest one was read, about.
+
+        0: unknown; so many that a listing is cheaper; or entries come slowly, or from this client alone.
+        """
+        pace_us = self._pace_us
+        if not pace_us or not any(self._of_others):
             return 0
-        return min(_OBSERVED, 1 + int((now_us - self._seen[-1][1]) / interval_us))
+        expected = 1 + int((now_us - self._seen[-1][1]) / pace_us)
+        if self.interval_us:
+            return min(_OBSERVED, expected)
+        return expected if pace_us <= _FAST_US and expected <= _MOST_AHEAD else 0

@@ -92,12 +92,26 @@ def test_there_are_no_turns_where_clients_are_not_in_each_others_way() -> None:
         crowd_of(1, 2, 0, 1, 2, 0, trip_us=0),
     ):
         assert crowd.ahead(now_us) == 0
-        assert crowd.expected(now_us) == 0
 
 
 def test_as_many_entries_are_expected_as_the_pace_says() -> None:
     crowd, now_us = crowd_of(1, 2, 0, 1, 2, 0)
     assert [crowd.expected(now_us + passed) for passed in (0, 29_000, 30_000, 95_000, 10**9)] == [1, 1, 2, 4, 16]
+
+
+def test_entries_are_expected_without_turns_too_but_not_many() -> None:
+    crowd, now_us = crowd_of(1, 2, 0, 1, 2, 0, interval_us=5_000, trip_us=2_000)
+    assert [crowd.expected(now_us + passed) for passed in (0, 5_000, 35_000, 40_000, 10**9)] == [1, 2, 8, 0, 0]
+
+
+def test_no_entries_are_expected_of_a_slow_log_nor_of_this_client_alone() -> None:
+    for crowd, now_us in (
+        crowd_of(1, 2, 0, 1, 2, 0, interval_us=260_000, trip_us=2_000),
+        crowd_of(0, 0, 0, 0),
+        crowd_of(1, *(0,) * 16),
+        crowd_of(1, *(0,) * 16, interval_us=5_000, trip_us=2_000),
+    ):
+        assert crowd.expected(now_us) == 0
 
 
 def test_a_request_that_was_held_up_does_not_count() -> None:
@@ -182,6 +196,17 @@ async def test_in_a_crowd_a_look_reads_the_expected_slots_at_once_and_lists_noth
     assert first.n == 11
     keys = [(one.verb, one.key) for one in storage.requests[before:]]
     assert keys == [("get", slot_key(first.epoch, n)) for n in range(9, 14)]
+
+
+async def test_a_client_that_commits_alone_and_fast_asks_for_one_slot(world: World) -> None:
+    log, storage = await world.create()
+    for i in range(4):
+        log.view.crowd.note_trip(TRIP_US)
+        world.clock.move(0.03)
+        await log.append(world.commit(1 + i))
+    before = len(storage.requests)
+    await log.refresh()
+    assert [(one.verb, one.key) for one in storage.requests[before:]] == [("get", slot_key(log.epoch, 5))]
 
 
 async def test_a_slot_beyond_an_absent_one_does_not_hold_up_a_look(crowded: World) -> None:
