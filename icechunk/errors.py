@@ -288,14 +288,18 @@ class StorageError(IcechunkError):
     unsent : bool
         True: this was a write, and no try of it ever reached the storage (no connection, no folder's lock). Nothing of
         it was written, nor will be; a later try may succeed.
+    lost : bool
+        True: bytes of objects that had been written before, and were to be made durable, may be gone. The system says
+        so once: another try would seem to succeed.
     """
 
     default_kind = ErrorKind.STORAGE_OTHER
     refused = False
     unsent = False
+    lost = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {name: True for name in ("refused", "unsent") if getattr(self, name)}
+        state = {name: True for name in ("refused", "unsent", "lost") if getattr(self, name)}
         return (*super().__reduce__(), state) if state else super().__reduce__()
 
 

@@ -309,11 +309,13 @@ def _plain_units(units: Any) -> Any:
 class ChunkEncoder:
     """Runs the codecs of an array over whole chunks, in the thread that calls it."""
 
-    __slots__ = ("_codecs", "_is_plain", "_shape", "_spec", "_zstd", "is_fast")
+    __slots__ = ("_codecs", "_ends", "_fill_value", "_is_plain", "_shape", "_skips_empty", "_spec", "_zstd", "is_fast")
 
     def __init__(self, spec: ArraySpec, codecs: Sequence[tuple[Any, ArraySpec]]) -> None:
         self._spec, self._codecs = spec, codecs
-        self._shape = spec.shape
+        self._shape, self._fill_value = spec.shape, spec.fill_value
+        self._ends = (0,) * len(spec.shape), (-1,) * len(spec.shape)
+        self._skips_empty: bool = not spec.config.write_empty_chunks
         self._zstd: _Zstd | None = None
         if codecs and type(codecs[-1][0]) is ZstdCodec and codecs[-1][0].level <= _FAST_LEVEL:
             self._zstd = _Zstd.of(codecs[-1][0])
@@ -357,27 +359,28 @@ class ChunkEncoder:
 
     def _uncompressed(self, part: Values) -> memoryview | None:
         """A chunk encoded but for zstd, if that comes last; None for one of fill values."""
-        spec = self._spec
+        spec, fill_value, (first, last) = self._spec, self._fill_value, self._ends
         # Most chunks with other values have one at an end.
-        may_be_empty = not spec.config.write_empty_chunks and all(
-            _equals_or_is_nan(part.flat[end], spec.fill_value) for end in (0, -1)
+        may_be_empty = (
+            self._skips_empty
+            and _equals_or_is_nan(part[first], fill_value)
+            and _equals_or_is_nan(part[last], fill_value)
         )
         if part.shape != self._shape:
-            padded = np.full(self._shape, spec.fill_value, part.dtype)
+            padded = np.full(self._shape, fill_value, part.dtype)
             padded[tuple(map(slice, part.shape))] = part
             part = padded
         chunk = np.ascontiguousarray(part)
-        if may_be_empty and spec.prototype.nd_buffer.from_numpy_array(chunk).all_equal(spec.fill_value):
+        if may_be_empty and spec.prototype.nd_buffer.from_numpy_array(chunk).all_equal(fill_value):
             return None
-        octets = chunk.reshape(-1).view(np.uint8)
         if not self._is_plain:
             encoded: Any = spec.prototype.nd_buffer.from_numpy_array(chunk)
             for codec, its_spec in self._codecs:
                 encoded = codec._encode_sync(encoded, its_spec)
                 if encoded is None:
                     return None
-            octets = np.ascontiguousarray(encoded.as_numpy_array())
-        return octets.data.cast("B")
+            chunk = np.ascontiguousarray(encoded.as_numpy_array())
+        return chunk.reshape(-1).view(np.uint8).data
 
 
 class Block(NamedTuple):

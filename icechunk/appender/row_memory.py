@@ -23,7 +23,8 @@ class RowMemory:
 
     def __init__(self) -> None:
         self._slabs = Buffers()
-        self._slab = memoryview(b"")
+        # An array, not a view of memory: slices of one are nothing that the garbage collector looks at.
+        self._slab = np.empty(0, np.uint8)
         self._used = 0
 
     def copy(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -32,9 +33,8 @@ class RowMemory:
         if not _SMALL_BYTES <= size <= _SLAB_BYTES // 4 or values.dtype.hasobject:
             return values.copy()
         if self._used + size > len(self._slab):
-            self._slab, self._used = self._slabs.take(_SLAB_BYTES), 0
-        memory = self._slab[self._used : self._used + size]
+            self._slab, self._used = np.frombuffer(self._slabs.take(_SLAB_BYTES), np.uint8), 0
+        found = self._slab[self._used : self._used + size].view(values.dtype).reshape(values.shape)
         self._used += -(-size // _ALIGNED_BYTES) * _ALIGNED_BYTES
-        found = np.frombuffer(memory, np.uint8).view(values.dtype).reshape(values.shape)
         found[...] = values
         return found

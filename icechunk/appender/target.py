@@ -775,7 +775,7 @@ def encoded_rows(variables: Sequence[Variable], rows: Sequence[Sequence[Values]]
     """
     for variable, parts in zip(variables, rows, strict=True):
         bands = enumerate(_bands(parts, variable.chunk_rows), first // variable.chunk_rows)
-        yield from encode(_Band(variable, variable.name, number, band).block() for number, band in bands)
+        yield from encode(_block(variable, variable.name, number, band) for number, band in bands)
 
 
 def _stretches(
@@ -829,11 +829,17 @@ class _Band:
 
     def block(self) -> Block:
         """The rows as they are encoded, of an array with an encoder."""
-        variable, axis = self.variable, self.variable.axis or 0
-        assert variable.encoder is not None
-        rows = self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts)
-        first = tuple(self.number if d == axis else 0 for d in range(rows.ndim))
-        return Block(self.path, variable.encoder, np.moveaxis(rows, 0, axis) if axis else rows, first)
+        return _block(self.variable, self.path, self.number, self.parts)
+
+
+def _block(variable: Variable, name: str, number: int, parts: Sequence[Values]) -> Block:
+    """The rows that fill a chunk along the append dimension, as they are encoded, of an array with an encoder."""
+    assert variable.encoder is not None
+    axis = variable.axis or 0
+    rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    first = [0] * rows.ndim
+    first[axis] = number
+    return Block(name, variable.encoder, np.moveaxis(rows, 0, axis) if axis else rows, tuple(first))
 
 
 def _bands(parts: Sequence[Values], chunk_rows: int) -> Iterator[list[Values]]:

@@ -309,7 +309,7 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
         snapshot_id=core.sources.new_object_id(),
         amended=amended,
     )
-    snapshot, embedded = await _write(content, repository_log, files)
+    snapshot, embedded, unsynced = await _write(content, repository_log, files)
     record = SnapshotRecord(
         id=snapshot.id,
         parent=parent,
@@ -329,8 +329,10 @@ async def _commit_once(content: SessionContent, log: SessionLog, commit: Commit,
         base=base.id,
         record=record,
         further_transactions=tuple(files.further_transactions),
+        unsynced=unsynced,
     )
     await repository_log.append(proposal, since_us=content.since_us, files=embedded)
+    content.puts.synced(unsynced)
     if _LOG.isEnabledFor(logging.INFO):
         where = core.storage.describe()
         _LOG.info("%s: %s of snapshot %s, branch %r", where, commit.how.value, encode_id(snapshot.id), commit.branch)
@@ -349,6 +351,12 @@ class _Proposal(Proposal):
     record: SnapshotRecord
     further_transactions: tuple[ObjectId, ...]
     """Transaction logs of this commit beside the one with its id."""
+    unsynced: Sequence[str] = ()
+    """As `Proposal.unsynced`: chunk objects."""
+
+    def lost(self) -> None:
+        """Also the session's next commit fails."""
+        self.content.puts.synced(self.unsynced, lost=True)
 
     def queued(self) -> None:
         """The next commit to the branch may build upon this one."""
@@ -368,8 +376,11 @@ class _Proposal(Proposal):
             The branch has moved.
         SessionEndedError
             An earlier commit of the same changes has landed.
+        StorageError
+            A chunk object may be lost.
         """
         branch = self.commit.branch
+        self.content.puts.require_kept(self.unsynced)
         if self.content.persisted is not None:
             for earlier in self.content.persisted.attempts:
                 if earlier != self.record.id and earlier in state.snapshots:
@@ -396,11 +407,20 @@ def _require_tip(state: RepoState, branch: str, base: ObjectId) -> None:
 
 async def _write(
     content: SessionContent, log: RepositoryLog, files: CommitFiles
-) -> tuple[Snapshot, Mapping[str, bytes]]:
-    """Write the files; those that are returned instead are to be embedded in the entry."""
+) -> tuple[Snapshot, Mapping[str, bytes], Sequence[str]]:
+    """Write the files; those that are returned instead are to be embedded in the entry.
+
+    The keys are of chunk objects that are written, and that are to be durable before the entry is.
+    """
     core = content.core
 
+    unsynced: Sequence[str] = ()
+
     async def land() -> None:
+        nonlocal unsynced
+        if embedded and core.storage.defers_syncs and content.persisted is None:
+            unsynced = await content.puts.finish_writes()
+            return
         await content.puts.flush()
         await note_attempt(content, files.snapshot_id)
 
@@ -453,7 +473,7 @@ async def _write(
     if not embedded and files.commit.earlier is not None:
         files.commit.earlier.add(files.new)
     assert files.snapshot is not None
-    return files.snapshot, embedded
+    return files.snapshot, embedded, unsynced
 
 
 def _size(file: File) -> int:

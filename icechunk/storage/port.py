@@ -313,15 +313,27 @@ class Storage(Constructors["Storage"], ABC):
         Raises
         ------
         StorageError
-            As from `put` and `sync`. If it is about the others, nothing appeared.
+            As from `put` and `sync`. If it is about the others, nothing appeared, and it is marked ``refused`` and
+            ``lost``.
         """
-        await self.barrier(keys)
+        try:
+            await self.barrier(keys)
+        except StorageError as error:
+            error.refused = error.lost = True
+            raise
         return await self.put(put.key, put.data, put.precondition)
 
-    async def put_before(self, put: Put, following: Following) -> tuple[PutResult, list[PutResult | None]]:
+    async def put_before(
+        self, put: Put, following: Following, after: Collection[str] = ()
+    ) -> tuple[PutResult, list[PutResult | None]]:
         """Write an object, as `put`; once it is there and durable, write others behind it, as `put_unsynced`.
 
         Where `defers_syncs`, the others are made while the medium is waited for.
+
+        Parameters
+        ----------
+        after
+            Keys of objects, written by `put_unsynced`, that are durable before this one appears, as from `put_after`.
 
         Returns
         -------
@@ -331,9 +343,9 @@ class Storage(Constructors["Storage"], ABC):
         Raises
         ------
         StorageError
-            As from `put`; then none of the others was written. Errors of the others are not raised.
+            As from `put_after`; then none of the others was written. Errors of the others are not raised.
         """
-        return await self.put(put.key, put.data, put.precondition), []
+        return await self.put_after(after, put), []
 
     async def barrier(self, keys: Iterable[str]) -> None:
         """Return once these objects, written by `put_unsynced`, are durable before any that `put` writes afterwards.

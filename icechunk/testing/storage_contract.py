@@ -236,6 +236,9 @@ class StorageContract:
         following = _Two("repo")
         with pytest.raises(PreconditionFailedError, match="log/1"):
             await storage.put_before(Put("log/1", b"other", Absent()), following)
+        await storage.put_unsynced([Put("chunks/1", b"a"), Put("chunks/2", b"b")])
+        put, _ = await storage.put_before(Put("log/3", b"entry", Absent()), _Two("other"), ["chunks/1", "chunks/2"])
+        assert (await storage.head("log/3")).version == put.version
         with pytest.raises(ObjectNotFoundError):
             await storage.head("repo")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import overload
 
 from icechunk.errors import ErrorKind, SessionStateError
@@ -132,6 +132,20 @@ class Packs:
         self._require_own_process()
         self.send_held_back()
         await self._pool.flush()
+
+    async def finish_writes(self) -> list[str]:
+        """As `PutPool.finish_writes`."""
+        self._require_own_process()
+        self.send_held_back()
+        return await self._pool.finish_writes()
+
+    def require_kept(self, keys: Iterable[str]) -> None:
+        """As `PutPool.require_kept`."""
+        self._pool.require_kept(keys)
+
+    def synced(self, keys: Iterable[str], *, lost: bool = False) -> None:
+        """As `PutPool.synced`."""
+        self._pool.synced(keys, lost=lost)
 
     def pending(self, id: ObjectId, offset: int, length: int) -> bytes | None:
         """The bytes of a chunk that is not durable yet, so that a session reads its own writes; None once it is

@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from icechunk.errors import AccessDeniedError, StorageError
 from icechunk.runtime.late_dataclass import dataclass
@@ -151,6 +151,8 @@ class PutMemory:
             self.add(holding, -holding.bytes)
 
 
+_LEFT_TO_PUT: Final = 4
+"""Objects that a put makes durable as soon as threads for them would."""
 PATIENCE_S = 1.0
 """Seconds after which a loop that does not respond is assumed to wait for this caller."""
 
@@ -363,6 +365,45 @@ class PutPool:
         StorageError
             Some object could not be written. All bytes are kept; a later flush tries again.
         """
+        await self._finish()
+        await self._sync()
+
+    async def finish_writes(self) -> list[str]:
+        """As `flush`, but that a few objects may be left to be made durable by the put that refers to them.
+
+        Returns
+        -------
+        list[str]
+            Their keys, for `Storage.put_before`; `synced` is to say what became of them.
+        """
+        await self._finish()
+        keys = list(self._unsynced)
+        self.require_kept(keys)
+        if len(keys) <= _LEFT_TO_PUT:
+            return keys
+        await self._sync()
+        return []
+
+    def require_kept(self, keys: Iterable[str]) -> None:
+        """Raise `StorageError` where one of these objects, which were written unsynced, may be lost."""
+        lost = next((key for key in keys if self._unsynced.get(key)), None)
+        if lost is not None:
+            raise StorageError(
+                f"the disk lost object {lost!r} after it was written; nothing was committed. Look at the disk, "
+                "and repeat the work in a new session"
+            )
+
+    def synced(self, keys: Iterable[str], *, lost: bool = False) -> None:
+        """Objects that `finish_writes` left are durable now, or may be lost."""
+        with self._lock:
+            for key in keys:
+                if key in self._unsynced and lost:
+                    self._unsynced[key] = True
+                else:
+                    self._unsynced.pop(key, None)
+
+    async def _finish(self) -> None:
+        """Return once everything taken before the call is written; where syncs are not deferred, it is durable then."""
         with self._lock:
             wanted = list(self._pending.values())
             self._pending_errors = [item for item in self._pending_errors if item.error is not None]
@@ -384,17 +425,11 @@ class PutPool:
                 "was committed, and committing again tries again"
             )
             raise _larger(error, message) from error
-        await self._sync()
 
     async def _sync(self) -> None:
         with self._lock:
             keys = list(self._unsynced)
-            lost = next((key for key in keys if self._unsynced[key]), None)
-        if lost is not None:
-            raise StorageError(
-                f"the disk lost object {lost!r} after it was written; nothing was committed. Look at the disk, "
-                "and repeat the work in a new session"
-            )
+        self.require_kept(keys)
         if not keys:
             return
         try:

@@ -69,6 +69,39 @@ async def test_after_a_failed_sync_no_flush_succeeds(tmp_path: Path) -> None:
     assert pool.is_durable
 
 
+async def test_a_few_objects_are_left_to_be_made_durable_by_the_put_that_refers_to_them(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    pool = pool_on(disk)
+    assert await pool.finish_writes() == []
+    for number in range(4):
+        await pool.put(f"chunks/{number}", b"x")
+    left = await pool.finish_writes()
+    assert left == [f"chunks/{number}" for number in range(4)]
+    assert (disk.synced, pool.is_durable) == ([], False)
+    pool.synced(left)
+    assert pool.is_durable
+    for number in range(5):
+        await pool.put(f"chunks/{number}", b"x")
+    assert await pool.finish_writes() == []
+    assert len(disk.synced[0]) == 5
+    assert pool.is_durable
+
+
+async def test_after_such_an_object_was_lost_no_flush_succeeds(tmp_path: Path) -> None:
+    pool = pool_on(Disk(tmp_path))
+    await pool.put("chunks/x", b"x")
+    left = await pool.finish_writes()
+    pool.require_kept(left)
+    pool.synced(left, lost=True)
+    for call in (pool.finish_writes, pool.flush):
+        with raises(StorageError, "storage-other", "chunks/x"):
+            await call()
+    with raises(StorageError, "storage-other", "chunks/x"):
+        pool.require_kept(left)
+    pool.discard()
+    await pool.flush()
+
+
 async def test_a_large_chunk_is_written_from_its_callers_memory_and_is_there_when_the_call_returns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Container, Iterable, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TypeAlias
@@ -67,6 +67,16 @@ class Proposal(ABC):
     @abstractmethod
     def events(self, state: RepoState) -> Sequence[Event]:
         """The proposed events, from the newest state. Pure; an error ends the append, with nothing landed."""
+
+    @property
+    def unsynced(self) -> Collection[str]:
+        """Keys of a few objects that the events refer to, and that `Storage.put_unsynced` has written: the log makes
+        them durable before the events."""
+        return ()
+
+    def lost(self) -> None:  # noqa: B027
+        """Some of ``unsynced`` may be lost, so the events must not be sent again. Also called after `append` was
+        cancelled."""
 
     def queued(self) -> None:  # noqa: B027
         """The events are in the queue, so that `RepositoryLog.expected` shows them."""

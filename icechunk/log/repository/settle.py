@@ -300,8 +300,7 @@ class SwappedLog(RepositoryLog, Generic[A]):
             case Fate.REFUSED:
                 assert settled.why is not None
                 self._close(attempt, Fate.REFUSED)
-                for member in attempt.members:
-                    self._give_up(member.waiting, settled.why)
+                self._refused(attempt, settled.why)
             case Fate.OPEN:
                 if attempt.is_told and not settled.used_up:
                     # The others' events go to the same place in an attempt of their own.
@@ -352,7 +351,8 @@ class SwappedLog(RepositoryLog, Generic[A]):
             resolve(one, self.state)
         if attempt is not None:
             attempt.members = tuple(group.members)
-            attempt.unsynced = () if self._embeds else tuple(group.files)
+            files = () if self._embeds else group.files
+            attempt.unsynced = (*files, *(key for one in group.members for key in one.waiting.proposal.unsynced))
             for member in group.members:
                 member.waiting.attempts.append(attempt)
                 tell_sent(member.waiting)
@@ -439,6 +439,15 @@ class SwappedLog(RepositoryLog, Generic[A]):
             if not member.waiting.abandoned and not member.waiting.outcome.done()
         ]
 
+    def _refused(self, attempt: A, error: Exception) -> None:
+        """End the calls of a refused attempt; where objects were lost, those that referred to some, the rest waits."""
+        lost = isinstance(error, StorageError) and error.lost
+        spared = [m.waiting for m in attempt.members if lost and not m.waiting.proposal.unsynced]
+        for member in attempt.members:
+            if member.waiting not in spared:
+                self._give_up(member.waiting, error)
+        self.waiting[:0] = [one for one in spared if not one.abandoned and not one.outcome.done()]
+
     def _give_up(self, one: Waiting, error: Exception, why: str | None = None) -> None:
         """End a caller's append with an error, or as unknown where an attempt with its events may still land.
 
@@ -479,7 +488,14 @@ class _AttemptWrite(Sending, Generic[A]):
         """Whether it was not sent again because of a caller."""
 
     async def put(self) -> bool:
-        return await self._log._send(self._attempt, self._storage)
+        try:
+            return await self._log._send(self._attempt, self._storage)
+        except StorageError as error:
+            if error.lost:
+                for member in self._attempt.members:
+                    if member.waiting.proposal.unsynced:
+                        member.waiting.proposal.lost()
+            raise
 
     async def fate(self, may_land: bool) -> Fate:
         return await self._log._look(self._attempt)

@@ -454,7 +454,7 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-_LEAST_STARTED_BYTES: Final = 1024 * 1024
+_LEAST_STARTED_BYTES: Final = 128 * 1024
 _PIECE_BYTES: Final = 1024 * 1024
 
 

@@ -73,7 +73,7 @@ from icechunk.storage.local.files import (
     write_new,
 )
 from icechunk.storage.local.folders import Folders
-from icechunk.storage.local.syncs import fsync_file, fsync_path, hand_over, hand_over_together
+from icechunk.storage.local.syncs import fsync_each, fsync_file, hand_over, hand_over_together
 from icechunk.storage.outcome import refused, unsent
 from icechunk.storage.port import (
     ANY,
@@ -207,8 +207,17 @@ class LocalStorage(Storage):
         before = {self._path(key): key for key in keys}
         return await self._in_thread(partial(self._put, put.key, put.data, put.precondition, before=before))
 
-    async def put_before(self, put: Put, following: Following) -> tuple[PutResult, list[PutResult | None]]:
-        return await self._in_thread(self._put_before, put, _Making(following))
+    async def put_before(
+        self, put: Put, following: Following, after: Collection[str] = ()
+    ) -> tuple[PutResult, list[PutResult | None]]:
+        before = {self._path(key): key for key in after}
+        if len(before) >= 2 * _SYNCS_EACH:
+            try:
+                await self._sync(before, put_follows=True)
+            except StorageError as error:
+                raise _lost(error) from error.__cause__
+            before = {}
+        return await self._in_thread(self._put_before, put, _Making(following), before)
 
     async def barrier(self, keys: Iterable[str]) -> None:
         await self._sync({self._path(key): key for key in keys}, put_follows=True)
@@ -221,14 +230,11 @@ class LocalStorage(Storage):
         files = list(paths)
         if not files:
             return
-        together = await self._in_thread(self._try_sync_together, paths, put_follows)
-        if together:
+        if await self._in_thread(self._try_sync, paths, put_follows):
             return
         parts = min(_SYNCS_AT_ONCE, len(files) // _SYNCS_EACH)
-        if parts > 1:
-            await run_jobs([partial(self._in_thread, self._sync_files, files[n::parts], paths) for n in range(parts)])
-            files = []
-        await self._in_thread(self._sync_rest, files, paths)
+        await run_jobs([partial(self._in_thread, self._sync_files, files[n::parts], paths) for n in range(parts)])
+        await self._in_thread(self._sync_rest, [], paths)
 
     async def head(self, key: str) -> ObjectInfo:
         return await self._in_thread(self._head, key)
@@ -527,7 +533,9 @@ class LocalStorage(Storage):
             )
         try:
             if before:
-                self._sync_before(before, key, temporary)
+                # A sync of everything waits also for what others have written, and for what followed the last object.
+                together = len(before) > 1 or begin_wait is None
+                self._sync_before(before, key, temporary, together=together)
             with self._translated("write", key, writes=True, names=True):
                 self._folders.make(folder, durable=synced and not self._folders.promises.names_follow_files)
                 named_ns = time.time_ns()
@@ -542,8 +550,10 @@ class LocalStorage(Storage):
             self._folders.durable(path, result.version)
         return result
 
-    def _put_before(self, put: Put, making: _Making) -> tuple[PutResult, list[PutResult | None]]:
-        result = self._put(put.key, put.data, put.precondition, begin_wait=making.begin)
+    def _put_before(
+        self, put: Put, making: _Making, before: Mapping[str, str]
+    ) -> tuple[PutResult, list[PutResult | None]]:
+        result = self._put(put.key, put.data, put.precondition, before=before, begin_wait=making.begin)
         with contextlib.suppress(StorageError):
             return result, self._put_unsynced(making.wait())
         return result, []
@@ -573,17 +583,24 @@ class LocalStorage(Storage):
         except OSError:
             return False
 
-    def _sync_before(self, before: Mapping[str, str], key: str, temporary: str) -> None:
-        """Make these files durable before the name of an object is, and its unfinished file too; waits seldom."""
+    def _sync_before(self, before: Mapping[str, str], key: str, temporary: str, *, together: bool) -> None:
+        """Make these files durable before the name of an object is, and its unfinished file too; waits seldom.
+
+        Parameters
+        ----------
+        together
+            Where the file system has a sync of everything, it may be used.
+        """
         try:
             if self._folders.promises.orders:
                 self._try_sync_together(before, True)
-            elif not self._try_sync_together({**before, temporary: key}, False):
-                self._sync_files([temporary], {temporary: key})
-                self._sync_rest(list(before), before)
+                return
+            if together and self._try_sync_together({**before, temporary: key}, False):
+                return
+            self._sync_files([temporary, *before], {**before, temporary: key})
+            self._sync_rest([], before)
         except StorageError as error:
-            # Nothing appeared, and the system says so once: what another sync says does not count.
-            raise refused(error) from error.__cause__
+            raise _lost(error) from error.__cause__
 
     def _try_sync_together(self, keys: Mapping[str, str], put_follows: bool) -> bool:
         """As `_sync`, if there is a way that waits less often than once for each file."""
@@ -596,10 +613,21 @@ class LocalStorage(Storage):
             with self._translated("sync", keys.get(error.filename, next(iter(keys.values())))):
                 raise
 
+    def _try_sync(self, keys: Mapping[str, str], put_follows: bool) -> bool:
+        """As `_sync`, if that waits once, or seldom enough for one thread."""
+        if self._try_sync_together(keys, put_follows):
+            return True
+        if len(keys) >= 2 * _SYNCS_EACH:
+            return False
+        self._sync_rest(list(keys), keys)
+        return True
+
     def _sync_files(self, paths: Sequence[str], keys: Mapping[str, str]) -> None:
-        for path in paths:
-            with self._translated("sync", keys[path]):
-                fsync_path(path)
+        try:
+            fsync_each(paths)
+        except OSError as error:
+            with self._translated("sync", keys.get(error.filename, next(iter(keys.values())))):
+                raise
 
     def _sync_rest(self, files: Sequence[str], keys: Mapping[str, str]) -> None:
         """Sync these files, and the names of all."""
@@ -781,6 +809,13 @@ class LocalStorage(Storage):
             if writes and error.errno in _REFUSED:
                 raise refused(trouble) from error
             raise (unsent(trouble) if writes and not names else trouble) from error
+
+
+def _lost(error: StorageError) -> StorageError:
+    """The error of an object that was not written, since others before it may be lost."""
+    # The system says so once: what another sync says does not count.
+    error.lost = True
+    return refused(error)
 
 
 class _Making:

@@ -23,6 +23,7 @@ from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = [
     "Promises",
+    "fsync_each",
     "fsync_file",
     "fsync_folder",
     "fsync_path",
@@ -114,17 +115,26 @@ def hand_over(descriptor: int) -> None:
 
 def hand_over_together(paths: Sequence[str]) -> None:
     """As `hand_over`, of files; the device works on all of them at once. An error has the path as its ``filename``."""
+    _each(paths, hand_over)
+
+
+def fsync_each(paths: Sequence[str]) -> None:
+    """As `fsync_path`, of files; the device works on all of them at once. An error has the path as its ``filename``."""
+    _each(paths, fsync_file)
+
+
+def _each(paths: Sequence[str], wait: Callable[[int], None]) -> None:
     for first in range(0, len(paths), _OPEN_AT_ONCE):
         with contextlib.ExitStack() as stack:
             opened: list[tuple[str, int]] = []
             for path in paths[first : first + _OPEN_AT_ONCE]:
-                descriptor = os.open(path, os.O_RDONLY)
+                descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
                 stack.callback(os.close, descriptor)
                 start(descriptor, 0, 0)
                 opened.append((path, descriptor))
             for path, descriptor in opened:
                 try:
-                    hand_over(descriptor)
+                    wait(descriptor)
                 except OSError as error:
                     raise OSError(error.errno, error.strerror, path) from error
 

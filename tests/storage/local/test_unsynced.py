@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import errno
 import os
+import pickle
 import sys
 import threading
 from pathlib import Path
@@ -345,6 +346,59 @@ async def test_what_follows_is_written_once_the_object_is_durable(
     await storage.put_before(Put("log/slot", b"1", Absent()), Behind(tmp_path))
     assert there == [False] * len(there) != []
     assert (tmp_path / "repo").exists()
+
+
+@linux
+@pytest.mark.parametrize("count", [1, 2, 9])
+@pytest.mark.parametrize("promises", [EXT4, EXT4_WITHOUT_JOURNAL, UNKNOWN])
+async def test_an_object_that_others_follow_appears_after_those_that_it_refers_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promises: Promises, count: int
+) -> None:
+    calls = TogetherCalls(monkeypatch, promises=promises)
+    storage = LocalStorage(tmp_path)
+    await storage.put("log/0", b"")
+    keys = [f"chunks/{number}" for number in range(count)]
+    await storage.put_unsynced([Put(key, b"x") for key in keys])
+    synced: set[str] = set()
+    link = os.link
+
+    def name(source: str, target: str) -> None:
+        synced.update(calls.asked)
+        assert synced >= {str(tmp_path / key) for key in keys} or calls.all
+        synced.add("name")
+        link(source, target)
+
+    calls.asked.clear()
+    monkeypatch.setattr(os, "link", name)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.readlink(f"/proc/self/fd/{descriptor}")))
+    _, answers = await storage.put_before(Put("log/1", b"1", Absent()), Behind(tmp_path), keys)
+    assert "name" in synced
+    assert len(answers) == 1
+
+
+@linux
+@pytest.mark.parametrize("count", [1, 2, 9])
+@pytest.mark.parametrize("promises", [EXT4, EXT4_WITHOUT_JOURNAL, UNKNOWN])
+async def test_neither_an_object_nor_what_follows_appears_if_one_that_it_refers_to_may_be_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promises: Promises, count: int
+) -> None:
+    TogetherCalls(monkeypatch, promises=promises, lost="chunks/0")
+    storage = LocalStorage(tmp_path)
+    keys = [f"chunks/{number}" for number in range(count)]
+    await storage.put_unsynced([Put(key, b"x") for key in keys])
+
+    def fsync(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("chunks/0"):
+            raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with raises(StorageError, "io", "chunks/0") as raised:
+        await storage.put_before(Put("log/1", b"1", Absent()), Behind(tmp_path), keys)
+    assert (raised.value.refused, raised.value.lost) == (True, True)
+    assert pickle.loads(pickle.dumps(raised.value)).lost
+    assert not (tmp_path / "log" / "1").exists()
+    assert not (tmp_path / "repo").exists()
+    assert os.listdir(tmp_path / ".aioicechunk") == []
 
 
 async def test_nothing_follows_an_object_that_is_not_written(tmp_path: Path) -> None:

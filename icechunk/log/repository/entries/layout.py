@@ -358,7 +358,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
         try:
             if storage.defers_syncs:
                 following = self._checkpointing.following(attempt.n, attempt.state, attempt.files)
-                put, answers = await storage.put_before(entry, following)
+                put, answers = await storage.put_before(entry, following, attempt.unsynced)
             else:
                 put = await storage.put(entry.key, entry.data, entry.precondition)
         except PreconditionFailedError:
