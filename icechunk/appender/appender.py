@@ -707,7 +707,7 @@ class Appender:
     async def _commit(self) -> str | None:
         """Commit the rows that are buffered now, behind all that are in the arrays."""
         batches = list(self._buffered)
-        if self._ahead is not None and (writing := self._ahead.cut()):
+        if self._ahead is not None and (writing := self._ahead.cut(self._target)):
             await asyncio.wait(writing)
         async with self._turn():
             while True:

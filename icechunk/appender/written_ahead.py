@@ -28,6 +28,8 @@ from the medium."""
 _ENCODERS: Final = max(1, min(4, os.cpu_count() or 1))
 _AT_ONCE: Final = _ENCODERS + 3
 """Portions that are encoded or written at once: more of them stay in memory, or wait."""
+_LAST_PORTION_BYTES: Final = 1024 * 1024
+"""Least bytes of the last rows before a commit that are written as those before them."""
 _LEAST_CHUNK_BYTES: Final = 16 * 1024
 """Arrays of smaller chunks keep their rows in memory, labels among them."""
 
@@ -66,10 +68,19 @@ class WriteAhead:
         self._batches.append(batch)
         self._bytes += batch.num_bytes
         if self._bytes >= self._enough_bytes:
-            self._begin(target)
+            self._begin(target, _PORTION_BYTES // 2)
 
-    def cut(self) -> set[asyncio.Task[None]]:
-        """A commit begins: it writes all batches but those whose writing these tasks end first."""
+    def cut(self, target: Target | None = None) -> set[asyncio.Task[None]]:
+        """A commit begins: it writes all batches but those whose writing these tasks end first.
+
+        Parameters
+        ----------
+        target
+            The arrays as of the last commit; None: no more rows are written.
+        """
+        if target is not None and self._begun_bytes and not self._has_failed:
+            # The last rows too: the commit would write them only after all others.
+            self._begin(target, _LAST_PORTION_BYTES)
         self._batches, self._bytes, self._enough_bytes, self._begun_bytes = [], 0, _PORTION_BYTES, 0
         return set(self._tasks)
 
@@ -87,8 +98,9 @@ class WriteAhead:
         """Rows were committed: what could not be written may succeed now."""
         self._has_failed = False
 
-    def _begin(self, target: Target) -> None:
-        """Write the batches between the first and the last place where chunks of all large arrays begin."""
+    def _begin(self, target: Target, least_bytes: int) -> None:
+        """Write the batches between the first and the last place where chunks of all large arrays begin, if they have
+        so many bytes; of other arrays too whose chunks begin there."""
         large = [v for v in target.growing if v.name != target.dim and v.encoder is not None and _is_large(v)]
         unit = math.lcm(*(v.chunk_rows for v in large))
         row, places = self._first_row, list[tuple[int, int]]()
@@ -100,7 +112,7 @@ class WriteAhead:
             places.append((len(self._batches), row))
         (begin, first_row), (end, end_row) = (places[0], places[-1]) if places else ((0, 0), (0, 0))
         batches = self._batches[begin:end]
-        if not large or sum(batch.num_bytes for batch in batches) < _PORTION_BYTES // 2:
+        if not large or sum(batch.num_bytes for batch in batches) < least_bytes:
             self._enough_bytes = 2 * self._bytes
             return
         self._batches, self._first_row = self._batches[end:], end_row
@@ -108,15 +120,24 @@ class WriteAhead:
         self._enough_bytes = _PORTION_BYTES
         bulk = self._begun_bytes >= _CACHED_BYTES
         self._begun_bytes += sum(batch.num_bytes for batch in batches)
-        task = asyncio.create_task(self._write(batches, target, large, first_row, bulk))
+        names = {variable.name for variable in large}
+        small = [v for v in target.growing if v.name not in names and v.encoder is not None and not unit % v.chunk_rows]
+        task = asyncio.create_task(self._write(batches, large, small, first_row, bulk))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _write(
-        self, batches: Sequence[Batch], target: Target, large: Sequence[Variable], first_row: int, bulk: bool
+        self,
+        batches: Sequence[Batch],
+        large: Sequence[Variable],
+        small: Sequence[Variable],
+        first_row: int,
+        bulk: bool,
     ) -> None:
+        both = [*large, *small]
+
         def encode() -> Iterator[EncodedChunk]:
-            return encoded_rows(large, [[batch.values[v.name] for batch in batches] for v in large], first_row)
+            return encoded_rows(both, [[batch.values[v.name] for batch in batches] for v in both], first_row)
 
         try:
             ahead = await write_ahead(self._core, encode, self._encoders, bulk=bulk)
@@ -125,7 +146,7 @@ class WriteAhead:
             self._has_failed = True
             return
         rows = sum(batch.rows for batch in batches)
-        variables = {variable.name: variable for variable in large}
+        variables = {variable.name: variable for variable in both}
         written = WrittenRows(
             first=first_row,
             rows=rows,
@@ -135,9 +156,10 @@ class WriteAhead:
             since_us=ahead.since_us,
             batches=batches,
         )
+        freed = {variable.name for variable in large}
         for batch in batches:
             batch.written = written
-            batch.values = {name: v for name, v in batch.values.items() if name not in variables}
+            batch.values = {name: v for name, v in batch.values.items() if name not in freed}
 
 
 def _is_large(variable: Variable) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from icechunk.format.ids import ObjectId
 from icechunk.format.keys import chunk_key
-from icechunk.format.values import ID12, NATIVE, ChunkRefs
+from icechunk.format.values import ID12, INLINE, NATIVE, ChunkRefs
 from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import in_thread
 from icechunk.session.core import Core
@@ -22,7 +22,7 @@ from icechunk.storage.buffers import Buffers
 from icechunk.storage.port import Put
 from icechunk.transfer.limiter import WRITE
 
-__all__ = ["Ahead", "EncodedChunks", "Place", "WrittenChunk", "gains_from_writing_ahead", "native_refs", "write_ahead"]
+__all__ = ["Ahead", "EncodedChunks", "Place", "WrittenChunk", "gains_from_writing_ahead", "refs_of", "write_ahead"]
 
 _MEMORY: Final = Buffers()
 """Memory of packs until they are written."""
@@ -111,18 +111,27 @@ def _place(
     return found
 
 
-def native_refs(chunks: Sequence[WrittenChunk]) -> ChunkRefs | None:
-    """Chunks of one array as columns; None where there are none, or where not all of them are in objects."""
+def refs_of(chunks: Sequence[WrittenChunk]) -> ChunkRefs | None:
+    """Chunks of one array as columns; None where there are none, or where neither all of them are in objects, nor all
+    in manifests."""
+    count, inline = len(chunks), [data for _, data in chunks if isinstance(data, bytes)]
     places = [place for _, place in chunks if isinstance(place, tuple)]
-    if not places or len(places) < len(chunks):
+    if not count or count not in (len(places), len(inline)):
         return None
-    ids, offsets, lengths = zip(*places, strict=True)
-    count = len(chunks)
+    if places:
+        ids, offsets, lengths = zip(*places, strict=True)
+        offset, length = np.array(offsets, np.uint64), np.array(lengths, np.uint64)
+        chunk_id = np.frombuffer(b"".join(ids), ID12)
+    else:
+        length = np.array(list(map(len, inline)), np.uint64)
+        offset = np.cumsum(length) - length
+        chunk_id = np.zeros(count, ID12)
     return ChunkRefs(
         coords=np.array([coords for coords, _ in chunks], np.uint32),
-        kind=np.full(count, NATIVE, np.uint8),
-        offset=np.array(offsets, np.uint64),
-        length=np.array(lengths, np.uint64),
-        chunk_id=np.frombuffer(b"".join(ids), ID12),
+        kind=np.full(count, NATIVE if places else INLINE, np.uint8),
+        offset=offset,
+        length=length,
+        chunk_id=chunk_id,
         location=np.full(count, -1, np.int32),
+        inline_data=b"".join(inline),
     )

@@ -34,7 +34,7 @@ from icechunk.log.session.events import Event
 from icechunk.log.session.log import ABSENT, IN_BASE, Absent, InBase, Savepoint, SessionLog
 from icechunk.log.session.plan.compaction import Plan, plan
 from icechunk.log.session.zarr_metadata import require_regular_grid
-from icechunk.session.ahead import WrittenChunk, native_refs
+from icechunk.session.ahead import WrittenChunk, refs_of
 from icechunk.session.core import Core
 from icechunk.session.persisted import Persisted
 from icechunk.session.read import CommittedChunks, all_references, read_chunk, read_chunk_nowait, reference_of
@@ -466,7 +466,7 @@ class SessionContent:
             self.require_writable()
             node = self.require_array(path)
             self.since_us = min(self.since_us, since_us)
-            if (refs := native_refs(chunks)) is not None:
+            if (refs := refs_of(chunks)) is not None:
                 self.log.set_refs(node, refs)
                 return
             for coords, written in chunks:

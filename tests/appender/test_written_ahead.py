@@ -16,6 +16,7 @@ from zarr.codecs import ZstdCodec
 import icechunk
 from icechunk.appender import Appender, written_ahead
 from icechunk.errors import ErrorKind, SessionStateError, StorageError
+from icechunk.session.content import SessionContent
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.storage.outcome import refused
 from icechunk.storage.port import Put, PutResult
@@ -28,16 +29,18 @@ ENOUGH = 12
 
 
 async def new_repo(
-    path: Path, chunk_rows: Sequence[int] = (1,), spec_version: int | None = None
+    path: Path, chunk_rows: Sequence[int] = (1,), spec_version: int | None = None, *, label_rows: int = 64
 ) -> icechunk.Repository:
     """A repository of arrays v0, v1, … of large rows, and labels."""
     storage = icechunk.local_filesystem_storage(str(path))
     repo = await icechunk.Repository.create_async(storage, spec_version=spec_version)
-    await make_arrays(repo, chunk_rows)
+    await make_arrays(repo, chunk_rows, label_rows=label_rows)
     return repo
 
 
-async def make_arrays(repo: icechunk.Repository, chunk_rows: Sequence[int], **options: Any) -> None:
+async def make_arrays(
+    repo: icechunk.Repository, chunk_rows: Sequence[int], *, label_rows: int = 64, **options: Any
+) -> None:
     session = await repo.writable_session_async("main")
     for number, rows in enumerate(chunk_rows):
         await azarr.create_array(
@@ -54,7 +57,7 @@ async def make_arrays(repo: icechunk.Repository, chunk_rows: Sequence[int], **op
         store=session.store,
         name="time",
         shape=(0,),
-        chunks=(64,),
+        chunks=(label_rows,),
         dtype="i8",
         dimension_names=("time",),
         overwrite=True,
@@ -111,6 +114,29 @@ async def test_rows_are_written_before_their_commit_and_leave_memory(tmp_path: P
     await require_rows(repo, range(2 * ENOUGH + 1))
 
 
+async def test_the_last_rows_before_a_commit_and_labels_whose_chunks_begin_with_them_are_written_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_commit: list[str] = []
+    real = SessionContent.set_chunks
+
+    async def set_chunks(self: SessionContent, path: str, chunks: Any) -> None:
+        by_commit.extend([path] * len(chunks))
+        await real(self, path, chunks)
+
+    monkeypatch.setattr(SessionContent, "set_chunks", set_chunks)
+    repo = await new_repo(tmp_path, label_rows=1)
+    async with repo.appender("main", dim="time", source="s", every=3600, max_bytes=2**30) as appender:
+        await put(appender, 0, ENOUGH + 1)
+        await appender.flush()
+        assert by_commit == []
+        # So few rows are in no hurry.
+        await put(appender, ENOUGH + 1, 2)
+        await appender.flush()
+        assert sorted(set(by_commit)) == ["/time", "/v0"]
+    await require_rows(repo, range(ENOUGH + 3))
+
+
 async def test_rows_beyond_the_first_of_a_commit_are_bulk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bulk: list[bool] = []
     real = LocalStorage.put_unsynced
@@ -150,9 +176,10 @@ async def test_chunks_of_several_rows_and_batches_of_any_size(
     await require_rows(repo, range(1 + -(-40 // batch) * batch), arrays)
 
 
+@pytest.mark.parametrize("label_rows", [64, 1])
 @pytest.mark.parametrize("chunk_rows", [1, 2])
-async def test_written_rows_are_placed_behind_another_writers(tmp_path: Path, chunk_rows: int) -> None:
-    repo = await new_repo(tmp_path, (chunk_rows,))
+async def test_written_rows_are_placed_behind_another_writers(tmp_path: Path, chunk_rows: int, label_rows: int) -> None:
+    repo = await new_repo(tmp_path, (chunk_rows,), label_rows=label_rows)
     async with (
         repo.appender("main", dim="time", source="a", every=3600, max_bytes=2**30) as first,
         repo.appender("main", dim="time", source="b", every=3600, max_bytes=2**30) as second,
@@ -165,8 +192,11 @@ async def test_written_rows_are_placed_behind_another_writers(tmp_path: Path, ch
     await require_rows(repo, [99, *range(ENOUGH)])
 
 
-async def test_written_rows_are_encoded_again_where_another_writer_has_changed_the_codecs(tmp_path: Path) -> None:
-    repo = await new_repo(tmp_path)
+@pytest.mark.parametrize("label_rows", [64, 1])
+async def test_written_rows_are_encoded_again_where_another_writer_has_changed_the_codecs(
+    tmp_path: Path, label_rows: int
+) -> None:
+    repo = await new_repo(tmp_path, label_rows=label_rows)
     async with repo.appender("main", dim="time", source="a", every=3600, max_bytes=2**30) as appender:
         await put(appender, 0, ENOUGH)
         assert await wait_until_written(appender) >= 8
@@ -175,8 +205,11 @@ async def test_written_rows_are_encoded_again_where_another_writer_has_changed_t
     await require_rows(repo, range(ENOUGH))
 
 
-async def test_labels_of_written_rows_that_another_writer_has_stored_are_skipped(tmp_path: Path) -> None:
-    repo = await new_repo(tmp_path)
+@pytest.mark.parametrize("label_rows", [64, 1])
+async def test_labels_of_written_rows_that_another_writer_has_stored_are_skipped(
+    tmp_path: Path, label_rows: int
+) -> None:
+    repo = await new_repo(tmp_path, label_rows=label_rows)
     options: dict[str, Any] = {"dim": "time", "key": "time", "on_duplicate": "skip", "every": 3600, "max_bytes": 2**30}
     async with (
         repo.appender("main", source="a", **options) as first,
@@ -190,14 +223,16 @@ async def test_labels_of_written_rows_that_another_writer_has_stored_are_skipped
     await require_rows(repo, range(ENOUGH))
 
 
-async def test_written_rows_count_in_a_window(tmp_path: Path) -> None:
-    repo = await new_repo(tmp_path)
+@pytest.mark.parametrize("label_rows", [64, 1])
+async def test_written_rows_count_in_a_window(tmp_path: Path, label_rows: int) -> None:
+    repo = await new_repo(tmp_path, label_rows=label_rows)
     options: dict[str, Any] = {"every": 3600, "max_bytes": 2**30, "keep": 64}
     async with repo.appender("main", dim="time", source="s", **options) as appender:
         await put(appender, 0, 80)
         await appender.flush()
         await put(appender, 80, 64)
-    await require_rows(repo, range(64, 144))
+    # Whole chunks of all arrays are left out.
+    await require_rows(repo, range(80 // label_rows * label_rows, 144))
 
 
 async def test_rows_that_cannot_be_written_ahead_are_written_by_their_commit(
