@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
+from functools import partial
 from itertools import chain
 from typing import Any, Final, TypeAlias
 
@@ -67,9 +68,9 @@ _ENCODERS: Final = max(1, min(4, os.cpu_count() or 1))
 """Threads that encode the rows of one commit."""
 _FEW_BYTES: Final = 1024 * 1024
 """Bytes of rows up to which fast codecs run without a thread, chunk by chunk."""
-_SHORT_PORTION_BYTES: Final = 64 * 1024
+_SHORT_PORTION_BYTES: Final = 256 * 1024
 _SHORT_PORTION: Final = 32
-"""Bytes of rows, and chunks, that are then encoded without a pause, about."""
+"""Bytes of rows, and chunks, that are then encoded without a pause, about: half a millisecond."""
 _LEAST_PORTION_BYTES: Final = 128 * 1024
 _MOST_PORTION_BYTES: Final = 4 * 1024 * 1024
 """Bytes of rows that a thread encodes at once, at most: so much is held encoded beside the rows."""
@@ -676,22 +677,25 @@ class Target:
             path = "/" + self.path(variable.name)
             todo += [_Band(variable, path, first + number, parts) for number, parts in enumerate(bands)]
         content, encoders = session._content, asyncio.Semaphore(_ENCODERS)
+        size = _size(todo)
+        is_short = size <= _FEW_BYTES and all(band.is_fast for band in todo)
 
         async def put(portion: list[_Band]) -> None:
-            encoded = await off_loop(_size(portion), lambda: _encoded(portion), encoders)
+            work = partial(_encoded, portion)
+            encoded = work() if is_short else await off_loop(_size(portion), work, encoders)
             for path, chunks in encoded.items():
                 empty = [coords for coords, chunk in chunks if chunk is None]
                 await content.set_chunks(path, [(coords, chunk) for coords, chunk in chunks if chunk is not None])
                 for coords in empty:
                     content.delete_chunk(path, coords)
 
-        if _size(todo) <= _FEW_BYTES and all(band.is_fast for band in todo):
+        if is_short:
             # Threads would take longer to begin. Between the portions other tasks have a turn.
             for portion in _portions(todo, _SHORT_PORTION_BYTES, _SHORT_PORTION):
                 await put(portion)
                 await asyncio.sleep(0)
             return
-        most = min(max(_size(todo) // _ENCODERS, _LEAST_PORTION_BYTES), _MOST_PORTION_BYTES)
+        most = min(max(size // _ENCODERS, _LEAST_PORTION_BYTES), _MOST_PORTION_BYTES)
         # While some portions are written, as many are encoded.
         await run_each(put, _portions(todo, most, len(todo)), limit=2 * _ENCODERS)
 
