@@ -12,8 +12,8 @@ import pytest
 from zarr.core.buffer import default_buffer_prototype
 
 import icechunk
-from icechunk.storage.local import folders, syncs
-from tests.promises import EXT4_WITHOUT_JOURNAL
+from icechunk.storage.local import folders
+from tests.promises import UNKNOWN
 from tests.raising import raises
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads names of descriptors from /proc")
@@ -39,8 +39,7 @@ class FailingDisk:
                 raise OSError(errno.EIO, "input/output error")
             real(descriptor)
 
-        monkeypatch.setattr(folders, "promises_of", lambda device: EXT4_WITHOUT_JOURNAL)
-        monkeypatch.setattr(syncs, "_sync_file_system", lambda: None)
+        monkeypatch.setattr(folders, "promises_of", lambda device: UNKNOWN)
         monkeypatch.setattr(os, "fsync", fsync)
 
 
