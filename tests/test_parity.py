@@ -109,7 +109,7 @@ ADDED = {
         "supports_writes sync with_settings with_user_agent": PORT,
         "list_objects_async list_objects_metadata_async": TWIN,
     },
-    "icechunk.StorageError": {"refused unsent": KINDS},
+    "icechunk.StorageError": {"lost refused unsent": KINDS},
     "icechunk.StorageSettings": {"storage_class_of": "which class a new object has"},
     "icechunk.VirtualChunkContainer": {"validate": "what create and open refuse"},
     "icechunk.VirtualChunkSpec": {"_repr_html_": "it is shown like other values"},
