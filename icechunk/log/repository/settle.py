@@ -440,8 +440,10 @@ class SwappedLog(RepositoryLog, Generic[A]):
         ]
 
     def _refused(self, attempt: A, error: Exception) -> None:
-        """End the calls of a refused attempt; where objects were lost, those that referred to some, the rest waits."""
-        lost = isinstance(error, StorageError) and error.lost
+        """End the calls of a refused attempt. Where objects were lost, those end that may have referred to some; the
+        others wait for the next attempt."""
+        # Where files are not embedded, an attempt has others that all of its calls need.
+        lost = isinstance(error, StorageError) and error.lost and self._embeds
         spared = [m.waiting for m in attempt.members if lost and not m.waiting.proposal.unsynced]
         for member in attempt.members:
             if member.waiting not in spared:
