@@ -25,6 +25,10 @@ Made by `python -m tools.bench --write`, which measures this library and the off
 in fresh processes in turn; the best of the repeats counts. Ratios above 1: this library is faster. A floor is what the
 project asks of itself; rows below it are marked. `python -m tools.bench --only CASE` measures one case again, `--check`
 fails below a floor, and `icechunk-loadtest` ([loadtest.md](loadtest.md)) measures on your own store.
+
+On local disk this library waits for the disk with each change, and the official one with none. The rows "waits for the
+disk alone" have the time that these waits take without any library: where it is near official's time for the whole row
+above, the floor of that row is out of reach for a writer whose changes survive a power failure.
 """
 
 

@@ -25,7 +25,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 import icechunk
 from tools.bench.forks import merge
-from tools.bench.history import history
+from tools.bench.history import history, sync_files
 from tools.bench.processes import contend_processes
 from tools.bench.shards import shards
 from tools.bench.wide import wide
@@ -394,20 +394,8 @@ async def local_commits(_: Mapping[str, Any]) -> dict[str, float]:
             await session.commit_async(f"commit {number}")
         commits_s = time.perf_counter() - started
         started = time.perf_counter()
-        await asyncio.to_thread(_sync_files, folder)
+        await asyncio.to_thread(sync_files, folder, LOCAL_COMMITS)
         return {"1 000 tiny commits": commits_s, "their waits for the disk alone": time.perf_counter() - started}
-
-
-def _sync_files(folder: str) -> None:
-    directory = os.open(folder, os.O_RDONLY)
-    for number in range(LOCAL_COMMITS):
-        file = os.open(f"{folder}/{number} unfinished", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        os.write(file, bytes(3000))
-        os.fsync(file)
-        os.close(file)
-        os.rename(f"{folder}/{number} unfinished", f"{folder}/{number}")
-        os.fsync(directory)
-    os.close(directory)
 
 
 def _group(attributes: Mapping[str, Any]) -> Any:
