@@ -73,6 +73,9 @@ class _Entry(Generic[T]):
 
 
 _Entries: TypeAlias = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[T]]
+_NO_ENTRIES: Final[_Entries[Any]] = weakref.WeakKeyDictionary()
+_NO_PROCESS: Final = -1
+"""Of a `PerLoop` that has had no value."""
 
 
 class PerLoop(Generic[T]):
@@ -98,11 +101,9 @@ class PerLoop(Generic[T]):
         self._rank = rank
         self._factory = factory
         self._close = close
-        self._entries: _Entries[T] = weakref.WeakKeyDictionary()
-        self._pid = os.getpid()
-        # Holds the values for as long as this object lives, and then until their loops have closed them: collected in
-        # one go with their keepers they would be finalised while open.
-        weakref.finalize(self, _abandon, self._entries, self._pid).atexit = False
+        # An object has many of these, most of which never get a value.
+        self._entries: _Entries[T] = _NO_ENTRIES
+        self._pid = _NO_PROCESS
 
     def peek(self) -> T | None:
         """The running loop's value, or None where none was made yet. Needs a running loop."""
@@ -146,9 +147,12 @@ class PerLoop(Generic[T]):
     def _entry(self, loop: asyncio.AbstractEventLoop) -> _Entry[T]:
         with _guard:
             if self._pid != os.getpid():
-                _inherited.append(self._entries)
+                if self._pid != _NO_PROCESS:
+                    _inherited.append(self._entries)
                 self._entries = weakref.WeakKeyDictionary()
                 self._pid = os.getpid()
+                # Holds the values for as long as this object lives, and then until their loops have closed them:
+                # collected in one go with their keepers they would be finalised while open.
                 weakref.finalize(self, _abandon, self._entries, self._pid).atexit = False
             for other in list(self._entries):
                 if other.is_closed():
