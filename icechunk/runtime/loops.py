@@ -75,7 +75,7 @@ class _Entry(Generic[T]):
 _Entries: TypeAlias = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Entry[T]]
 _NO_ENTRIES: Final[_Entries[Any]] = weakref.WeakKeyDictionary()
 _NO_PROCESS: Final = -1
-"""Of a `PerLoop` that has had no value."""
+"""The process of a `PerLoop` that has had no value."""
 
 
 class PerLoop(Generic[T]):

@@ -397,6 +397,10 @@ def _words(buffer: Buffer, texts: Vectors) -> Iterator[tuple[npt.NDArray[np.intp
             starts, counts = starts[longer], counts[longer]
 
 
+_SHORT: Final = 64
+"""Texts of so many bytes are compared whole."""
+
+
 class TextTraits(NamedTuple):
     """Properties of many texts."""
 
@@ -409,6 +413,9 @@ class TextTraits(NamedTuple):
 def text_traits(buffer: Buffer, texts: Vectors) -> TextTraits:
     """Properties of vectors of bytes, which are within the buffer and at most a few thousand bytes long."""
     count = len(texts.starts)
+    size = _WORD * -(-extremes(texts.counts)[1] // _WORD) if count else 0
+    if 0 < size <= _SHORT and extremes(texts.starts)[1] + size <= buffer.size:
+        return _short_text_traits(buffer, texts, size)
     undecided = np.arange(max(count - 1, 0))
     """Numbers of the vectors that begin with all that was read so far of the next vector."""
     is_ascii = is_ascending = True
@@ -427,6 +434,23 @@ def text_traits(buffer: Buffer, texts: Vectors) -> TextTraits:
     # The texts that are left are equal but for zero bytes at the end.
     is_ascending = is_ascending and bool((texts.counts[undecided] < texts.counts[undecided + 1]).all())
     return TextTraits(is_ascending, is_ascii)
+
+
+def _short_text_traits(buffer: Buffer, texts: Vectors, size: int) -> TextTraits:
+    """As `text_traits`, for texts of at most ``size`` bytes: whole words, which are in the buffer for each text."""
+    padded = gather(buffer, texts.starts, f"V{size}").view(np.uint8).reshape(-1, size)
+    padded *= np.arange(size, dtype=np.uint8) < texts.counts.astype(np.uint8)[:, np.newaxis]
+    words = padded.view(">u8").astype(np.uint64)
+    # Whether all that was read so far of each text is that of the next one.
+    equal = np.ones(len(words) - 1, np.bool_)
+    is_ascending = True
+    for before, after in zip(words[:-1].T, words[1:].T, strict=True):
+        is_ascending = is_ascending and not any_of(equal & (before > after))
+        equal &= before == after
+    # The texts that are left are equal but for zero bytes at the end.
+    rows = np.flatnonzero(equal)
+    is_ascending = is_ascending and all_of(texts.counts[rows] < texts.counts[rows + 1])
+    return TextTraits(is_ascending, padded.tobytes().isascii())
 
 
 def _everywhere(rows: npt.NDArray[np.intp] | None, words: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.uint64]:

@@ -9,16 +9,17 @@ from hypothesis import strategies as st
 from icechunk.format.flat.flatbuffers import Buffer
 from icechunk.format.flat.vectors import Vectors, text_traits
 
-# Texts that share their first words, end at the edges of words, or hold zeros.
+# Texts that share their first words, end at the edges of words, hold zeros, or are too long to be compared whole.
+COMMON = st.sampled_from([0, 1, 7, 8, 9, 16, 45, 64])
 TEXTS = st.lists(
-    st.builds(lambda common, own: b"x" * common + own, st.sampled_from([0, 1, 7, 8, 9, 16]), st.binary(max_size=20)),
+    st.builds(lambda common, own: b"x" * common + own, COMMON, st.binary(max_size=20)),
     max_size=60,
 )
 
 
-@given(texts=TEXTS, in_order=st.booleans(), distinct=st.booleans())
+@given(texts=TEXTS, in_order=st.booleans(), distinct=st.booleans(), bytes_after=st.sampled_from([0, 7, 80]))
 def test_the_traits_of_texts_are_those_of_each_beside_the_next(
-    texts: list[bytes], in_order: bool, distinct: bool
+    texts: list[bytes], in_order: bool, distinct: bool, bytes_after: int
 ) -> None:
     found = list(dict.fromkeys(texts)) if distinct else texts
     if in_order:
@@ -26,6 +27,7 @@ def test_the_traits_of_texts_are_those_of_each_beside_the_next(
     counts = np.array([len(text) for text in found], np.int64)
     # A payload has at least 8 bytes.
     vectors = Vectors(None, 8 + np.cumsum(counts) - counts, counts)
-    traits = text_traits(Buffer(b"\0\0\0\0Ichk" + b"".join(found), "texts"), vectors)
+    payload = b"\0\0\0\0Ichk" + b"".join(found) + b"\xff" * bytes_after
+    traits = text_traits(Buffer(payload, "texts"), vectors)
     assert traits.is_ascending == all(before < after for before, after in itertools.pairwise(found))
     assert traits.is_ascii == b"".join(found).isascii()
