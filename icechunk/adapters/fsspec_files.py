@@ -87,6 +87,11 @@ class IcechunkFileSystem(AsyncFileSystem):  # type: ignore[misc]  # fsspec has n
                     self._session = await self._open_session()
         return self._session.store
 
+    def invalidate_cache(self, path: str | None = None) -> None:
+        """Read the newest version of the branch from now on; fsspec hands out one instance for equal arguments."""
+        self._session = None
+        super().invalidate_cache(path)
+
     def _key(self, path: str) -> str:
         inside = self._strip_protocol(path).strip("/")
         return "/".join(filter(None, (self._url.path, inside)))
