@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from icechunk.conflicts import MergeFailedError
 from icechunk.format.ids import ObjectId
@@ -13,28 +14,34 @@ from icechunk.session.content import SessionContent
 from icechunk.session.read import bytes_of
 from icechunk.session.rebase import check_fork
 
-__all__ = ["merge_forks"]
+__all__ = ["Brought", "changes_of", "merge_forks"]
 
 _COMPARED_AT_ONCE = 32
 """Pairs of chunks whose bytes are read and compared at the same time."""
 
 
-async def merge_forks(
-    content: SessionContent, forks: Sequence[tuple[int, SessionContent]], policy: MergePolicy
-) -> None:
-    """Take over the changes of forks, all or nothing, as `Session.merge_async` says.
+class Brought(NamedTuple):
+    """The changes of a fork, whose chunks are durable."""
 
-    Parameters
-    ----------
-    forks
-        Each with its number among those that the caller gave.
-    """
+    changes: Fork
+    origin: ObjectId
+    """Base of the session from which it comes."""
+    since_us: int
+    """As in `SessionContent`."""
+
+
+async def changes_of(forks: Sequence[tuple[int, SessionContent]]) -> list[Brought]:
+    """The changes of forks, each given with its number; writes their chunks first."""
+    await run_all(*(fork.puts.flush for _, fork in forks))
+    return [Brought(_changes_of(number, fork), fork.origin_base, fork.since_us) for number, fork in forks]
+
+
+async def merge_forks(content: SessionContent, brought: Sequence[Brought], policy: MergePolicy) -> None:
+    """Take over the changes of forks, all or nothing, as `Session.merge_async` says."""
     with content.lock:
         content.require_changeable()
-    await run_all(*(fork.puts.flush for _, fork in forks))
-    brought = [_changes_of(number, fork) for number, fork in forks]
-    for changes, (_, fork) in zip(brought, forks, strict=True):
-        await _check_base(content, changes, fork.origin_base)
+    for changes, origin, _ in brought:
+        await _check_base(content, changes, origin)
     equal: dict[Pair, bool] = {}
     while True:
         with content.lock:
@@ -42,10 +49,10 @@ async def merge_forks(
             before = content.log.savepoint()
             merging = Merge(content.log, policy, equal)
             try:
-                for changes in brought:
+                for changes, _, _ in brought:
                     merging.add(changes)
                 if not merging.undecided:
-                    content.since_us = min([content.since_us, *(fork.since_us for _, fork in forks)])
+                    content.since_us = min([content.since_us, *(since_us for _, _, since_us in brought)])
                     return
                 content.log.rollback(before)
             except BaseException as error:
@@ -81,13 +88,13 @@ async def _check_base(content: SessionContent, fork: Fork, base: ObjectId) -> No
     with content.lock:
         # Changes that an earlier merge took over were compared when the session was rebased, and are in its nodes now.
         known = {event_key(event) for event in content.log.events}
-        before = [*fork.inherited, *(event for event in fork.own if event_key(event) in known)]
         new = [event for event in fork.own if event_key(event) not in known]
         if not new:
             return
         now = content.log.base.with_nodes(content.log.hierarchy())
-        log = content.log.rebased(fork.base, [*before, *new])
-    await check_fork(content.core, log, log.savepoint_at(len(before)), base, now)
+        before = fork.log_with([event for event in fork.own if event_key(event) in known], content.log)
+        changes = before.rebased(fork.base.with_nodes(before.hierarchy()), new)
+    await check_fork(content.core, changes, base, now)
 
 
 async def _compare(content: SessionContent, pairs: Sequence[Pair], equal: dict[Pair, bool]) -> None:

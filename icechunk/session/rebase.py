@@ -20,7 +20,7 @@ from icechunk.format.values import Snapshot, TransactionLog
 from icechunk.log.repository.port import Layout
 from icechunk.log.repository.state import RepoState
 from icechunk.log.session.columns import CoordIndex
-from icechunk.log.session.log import Savepoint, SessionLog
+from icechunk.log.session.log import SessionLog
 from icechunk.log.session.merge.conflict_rules import Landed, Winner, find_conflicts, rebase
 from icechunk.log.session.merge.diff import changes_since
 from icechunk.runtime.late_dataclass import dataclass
@@ -336,15 +336,13 @@ async def advance(content: SessionContent, branch: str, solver: ConflictSolver) 
             content.log = rebasing.log
 
 
-async def check_fork(core: Core, log: SessionLog, origin: Savepoint, base: ObjectId, onto: Snapshot) -> None:
+async def check_fork(core: Core, changes: SessionLog, base: ObjectId, onto: Snapshot) -> None:
     """Refuse a fork whose parent was rebased since, if it conflicts with the commits in between.
 
     Parameters
     ----------
-    log
-        The fork's.
-    origin
-        Where its own changes begin.
+    changes
+        The fork's own, over the nodes that there were before.
     base
         Where its parent was when it forked.
     onto
@@ -368,7 +366,6 @@ async def check_fork(core: Core, log: SessionLog, origin: Savepoint, base: Objec
             f"history of this session's {encode_id(onto.id)}; merge it into the session that it was forked from",
             ErrorKind.MERGE_FAILED,
         )
-    changes = log.since(origin)
     transactions = await winners_between(core, steps, base, changes.net_changes().chunks)
     winner = Winner(snapshot=onto, transactions=tuple(transactions[id] for step in steps for id in step.transactions))
     conflicts = find_conflicts(changes, winner)

@@ -15,12 +15,13 @@ from icechunk.errors import (
 from icechunk.format.ids import ObjectId, encode_id
 from icechunk.format.values import Snapshot
 from icechunk.log.session.events import Event
-from icechunk.log.session.merge.merging import MergePolicy
+from icechunk.log.session.log import SessionLog
+from icechunk.log.session.merge.merging import Fork, MergePolicy
 from icechunk.log.session.segment import SegmentHead, events_of
 from icechunk.log.session.wire import folded
-from icechunk.session.content import Lineage, SessionContent
+from icechunk.session.content import SessionContent
 from icechunk.session.core import Core
-from icechunk.session.merge import merge_forks
+from icechunk.session.merge import Brought, merge_forks
 from icechunk.session.persisted import Persisted, ended_error
 from icechunk.session.session_checkpoint import claim, require_not_landed, require_uncollected, unknown_error
 from icechunk.transfer.segments import Listed, list_sessions, read_segments
@@ -102,7 +103,8 @@ async def collect_forks(content: SessionContent, policy: MergePolicy) -> int:
     listed = (await list_sessions(core.storage, persisted.session)).get(persisted.session)
     workers = {} if listed is None else listed.workers
     read: dict[ObjectId, tuple[int, tuple[Event, ...]]] = {}
-    forks: list[tuple[int, SessionContent]] = []
+    forks: list[Brought] = []
+    beginnings: dict[int, _Beginning] = {}
     # In the order of their newest segments: the numbers of forks in conflicts follow it.
     for worker in sorted(workers, key=lambda id: (max(info.modified_us for info in workers[id].values()), id)):
         slots = workers[worker]
@@ -113,38 +115,69 @@ async def collect_forks(content: SessionContent, policy: MergePolicy) -> int:
         segments = await read_segments(core.storage, [slots[number].key for number in fresh])
         events = events_of([(0, events), *((head.keep, new) for head, new in segments)])
         read[worker] = fresh[-1], events
-        forks.append((len(forks), await _fork_of(content, persisted, segments[-1][0], events)))
+        forks.append(await _brought(content, len(forks), segments[-1][0], events, beginnings))
     if forks:
         await merge_forks(content, forks, policy)
         persisted.collected |= read
     return len(forks)
 
 
-async def _fork_of(
-    content: SessionContent, persisted: Persisted, head: SegmentHead, own: tuple[Event, ...]
-) -> SessionContent:
-    core, lineage = content.core, None if head.lineage is None else Lineage(*head.lineage)
-    if lineage is None:
-        began = persisted.inherited_at(head.joined_at)
-        if began is None:
-            raise FormatError(
-                f"cannot read a fork of session {encode_id(persisted.session)}: it joined at segment "
-                f"{head.joined_at}, which the session does not have",
-                ErrorKind.DESERIALIZATION,
-            )
-        base_id, inherited = began
+class _Beginning(NamedTuple):
+    """The state in which forks that joined at one segment began."""
+
+    base: Snapshot
+    inherited: tuple[Event, ...]
+    log: SessionLog
+    """The inherited events over the base: folded once, however many forks began so."""
+    nodes: Snapshot
+    """The base with the nodes that there were then."""
+
+    @staticmethod
+    def of(core: Core, base: Snapshot, inherited: tuple[Event, ...]) -> _Beginning:
+        log = folded(base, inherited, core.sources.new_node_id)
+        return _Beginning(base, inherited, log, base.with_nodes(log.hierarchy()))
+
+
+async def _brought(
+    content: SessionContent,
+    number: int,
+    head: SegmentHead,
+    own: tuple[Event, ...],
+    beginnings: dict[int, _Beginning],
+) -> Brought:
+    """The changes of a fork, as it wrote them. Raises `FormatError` if its events do not follow from its beginning."""
+    core = content.core
+
+    async def snapshot(id: ObjectId) -> Snapshot:
+        return content.log.base if content.log.base.id == id else await core.assets.snapshot(id)
+
+    if head.lineage is not None:
+        origin, last_inherited = head.lineage
+        began = _Beginning.of(core, await snapshot(head.base), ())
     else:
-        base_id, inherited = head.base, ()
-    base = content.log.base if content.log.base.id == base_id else await core.assets.snapshot(base_id)
-    log = folded(base, [*inherited, *own], core.sources.new_node_id)
-    return SessionContent(
-        core,
-        log,
-        origin=log.savepoint_at(len(inherited)),
-        since_us=head.since_us,
-        rearrange=head.rearrange,
-        lineage=lineage,
+        persisted, last_inherited = content.persisted, ()
+        assert persisted is not None
+        began_at = beginnings.get(head.joined_at)
+        if began_at is None:
+            found = persisted.inherited_at(head.joined_at)
+            if found is None:
+                raise FormatError(
+                    f"cannot read a fork of session {encode_id(persisted.session)}: it joined at segment "
+                    f"{head.joined_at}, which the session does not have",
+                    ErrorKind.DESERIALIZATION,
+                )
+            began_at = beginnings[head.joined_at] = _Beginning.of(core, await snapshot(found[0]), found[1])
+        began, origin = began_at, began_at.base.id
+    folded(began.nodes, own, core.sources.new_node_id)
+    fork = Fork(
+        number=number,
+        base=began.base,
+        inherited=began.inherited,
+        own=own,
+        last_inherited=last_inherited,
+        began=began.log,
     )
+    return Brought(fork, origin, head.since_us)
 
 
 async def _read(core: Core, session: ObjectId) -> _Found:

@@ -45,7 +45,7 @@ from icechunk.session import rearrange
 from icechunk.session.commit import How, write_snapshot, write_unlisted
 from icechunk.session.content import Lineage, Phase, SessionContent, absolute
 from icechunk.session.core import Core
-from icechunk.session.merge import merge_forks
+from icechunk.session.merge import changes_of, merge_forks
 from icechunk.session.rebase import DEFAULT_REBASE_TRIES, rebase_session
 from icechunk.session.resume import collect_forks, join, joined_fork
 from icechunk.session.session_checkpoint import abandon, checkpoint, lease_in_us
@@ -456,7 +456,9 @@ class Session:
             require_type("others", other, Session)
         _require_policy(on_conflict)
         forks = [(n, other._content) for n, other in enumerate(others) if other is not self]
-        await merge_forks(self._content, forks, on_conflict)
+        with self._content.lock:
+            self._content.require_changeable()
+        await merge_forks(self._content, await changes_of(forks), on_conflict)
 
     merge: Final = synchronous(merge_async)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import zarr
 import icechunk
 from icechunk import ConflictDetector, ForkSession, MergeFailedError, RebaseFailedError, Repository
 from icechunk.errors import ErrorKind, InvalidInputError, SessionEndedError, SessionNotFoundError
+from icechunk.format.values import Snapshot
+from icechunk.log.session.events import Event
+from icechunk.log.session.log import SessionLog
 from icechunk.storage.port import Storage
 from tests.log.session.builders import native
 from tests.maintenance.helpers import by_layout
@@ -194,6 +198,44 @@ async def test_the_base_of_forks_that_joined_before_a_rebase_is_kept_for_them(
     await resumed.commit_async("all")
     assert await committed(repo) == values(_1=1, _2=2, _8=8, _9=9)
     await repo.aclose()
+
+
+async def test_what_a_session_wrote_is_folded_once_for_all_forks_that_joined_then(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = await new_repo(storage, None)
+    session = await repo.writable_session_async("main")
+    n_inherited = 30
+    for value in range(n_inherited):
+        await put(session, 1, value)
+        id = await session.checkpoint_async()
+
+    async def folds_of(n_forks: int) -> int:
+        forks = [await repo.join_session_async(id) for _ in range(n_forks)]
+        for fork in forks:
+            zarr.open_group(fork.store, mode="a").attrs["fork"] = 1
+            await fork.checkpoint_async()
+        count = 0
+        replay, rebased = SessionLog.replay, SessionLog.rebased
+
+        def replay_counted(log: SessionLog, events: Iterable[Event]) -> None:
+            nonlocal count
+            count += len(found := list(events))
+            replay(log, found)
+
+        def rebased_counted(log: SessionLog, base: Snapshot, events: Iterable[Event] | None = None) -> SessionLog:
+            nonlocal count
+            count += len(found := list(log.events if events is None else events))
+            return rebased(log, base, found)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SessionLog, "replay", replay_counted)
+            patch.setattr(SessionLog, "rebased", rebased_counted)
+            assert await session.collect_forks_async(on_conflict="ours") == n_forks
+        return count
+
+    few, many = await folds_of(2), await folds_of(12)
+    assert many - few < 10 * n_inherited / 2
 
 
 async def test_conflicts_between_forks_are_those_of_a_merge(storage: Storage) -> None:

@@ -78,6 +78,14 @@ class Fork:
     """Events after those."""
     last_inherited: Sequence[bytes] = ()
     """Ids of the last events of its ancestors that the base has already."""
+    began: SessionLog | None = None
+    """The inherited events over the base, if the caller has them folded; it is only read, so forks may share it."""
+
+    def log_with(self, known: Sequence[Event], like: SessionLog) -> SessionLog:
+        """The inherited events and some of its own, over its base; not to be changed."""
+        if self.began is not None and not known:
+            return self.began
+        return like.rebased(self.base, [*self.inherited, *known])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -423,7 +431,7 @@ class _Changes:
         """The fork without the changes that it brings."""
         new = {id(event) for event in self.own}
         known = [event for event in self.fork.own if id(event) not in new]
-        return self._merging.target.rebased(self.fork.base, [*self.fork.inherited, *known])
+        return self.fork.log_with(known, self._merging.target)
 
     @cached_property
     def after(self) -> SessionLog:
