@@ -106,7 +106,7 @@ ADDED = {
         "aclose atomic_preconditions barrier batches_reads clock_resolution_us copy defers_syncs delete describe": PORT,
         "endpoint_url for_sender gains_from_split_reads get get_all head list_pages lists_any_prefix_fast": PORT,
         "lists_first_keys_fast prepare put put_after put_before put_unsynced read_nowait reads_nowait": PORT,
-        "supports_writes sync with_settings with_user_agent": PORT,
+        "get_at_once supports_writes sync with_settings with_user_agent": PORT,
         "list_objects_async list_objects_metadata_async": TWIN,
     },
     "icechunk.StorageError": {"lost refused unsent": KINDS},
