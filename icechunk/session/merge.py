@@ -38,10 +38,7 @@ async def changes_of(forks: Sequence[tuple[int, SessionContent]]) -> list[Brough
 
 async def merge_forks(content: SessionContent, brought: Sequence[Brought], policy: MergePolicy) -> None:
     """Take over the changes of forks, all or nothing, as `Session.merge_async` says."""
-    with content.lock:
-        content.require_changeable()
-    for changes, origin, _ in brought:
-        await _check_base(content, changes, origin)
+    await _check_bases(content, brought)
     equal: dict[Pair, bool] = {}
     while True:
         with content.lock:
@@ -81,20 +78,22 @@ def _changes_of(number: int, fork: SessionContent) -> Fork:
         )
 
 
-async def _check_base(content: SessionContent, fork: Fork, base: ObjectId) -> None:
-    """Compare a fork with the commits that the session was rebased onto since; ``base`` is the fork's origin."""
-    if fork.base.id == content.log.base.id or base == content.origin_base:
-        return
+async def _check_bases(content: SessionContent, brought: Sequence[Brought]) -> None:
+    """Compare forks with the commits that the session was rebased onto since they began."""
     with content.lock:
+        bases = content.log.base.id, content.origin_base
+        moved = [one for one in brought if one.changes.base.id != bases[0] and one.origin != bases[1]]
         # Changes that an earlier merge took over were compared when the session was rebased, and are in its nodes now.
-        known = {event_key(event) for event in content.log.events}
-        new = [event for event in fork.own if event_key(event) not in known]
+        taken = {event_key(event) for event in content.log.events} if moved else set()
+    for fork, origin, _ in moved:
+        new = [event for event in fork.own if event_key(event) not in taken]
         if not new:
-            return
-        now = content.log.base.with_nodes(content.log.hierarchy())
-        before = fork.log_with([event for event in fork.own if event_key(event) in known], content.log)
-        changes = before.rebased(fork.base.with_nodes(before.hierarchy()), new)
-    await check_fork(content.core, changes, base, now)
+            continue
+        with content.lock:
+            now = content.log.base.with_nodes(content.log.hierarchy())
+            before = fork.log_with([event for event in fork.own if event_key(event) in taken], content.log)
+            changes = before.rebased(fork.base.with_nodes(before.hierarchy()), new)
+        await check_fork(content.core, changes, origin, now)
 
 
 async def _compare(content: SessionContent, pairs: Sequence[Pair], equal: dict[Pair, bool]) -> None:

@@ -104,7 +104,7 @@ async def collect_forks(content: SessionContent, policy: MergePolicy) -> int:
     workers = {} if listed is None else listed.workers
     read: dict[ObjectId, tuple[int, tuple[Event, ...]]] = {}
     forks: list[Brought] = []
-    beginnings: dict[int, _Beginning] = {}
+    at_segments: dict[int, _Beginning] = {}
     # In the order of their newest segments: the numbers of forks in conflicts follow it.
     for worker in sorted(workers, key=lambda id: (max(info.modified_us for info in workers[id].values()), id)):
         slots = workers[worker]
@@ -115,7 +115,9 @@ async def collect_forks(content: SessionContent, policy: MergePolicy) -> int:
         segments = await read_segments(core.storage, [slots[number].key for number in fresh])
         events = events_of([(0, events), *((head.keep, new) for head, new in segments)])
         read[worker] = fresh[-1], events
-        forks.append(await _brought(content, len(forks), segments[-1][0], events, beginnings))
+        head = segments[-1][0]
+        began = await _beginning_of(content, persisted, head, at_segments)
+        forks.append(_brought(content, len(forks), head, events, began))
     if forks:
         await merge_forks(content, forks, policy)
         persisted.collected |= read
@@ -123,52 +125,48 @@ async def collect_forks(content: SessionContent, policy: MergePolicy) -> int:
 
 
 class _Beginning(NamedTuple):
-    """The state in which forks that joined at one segment began."""
+    """The state in which forks began."""
 
     base: Snapshot
     inherited: tuple[Event, ...]
     log: SessionLog
-    """The inherited events over the base: folded once, however many forks began so."""
+    """The inherited events over the base."""
     nodes: Snapshot
     """The base with the nodes that there were then."""
 
     @staticmethod
-    def of(core: Core, base: Snapshot, inherited: tuple[Event, ...]) -> _Beginning:
+    async def of(content: SessionContent, base_id: ObjectId, inherited: tuple[Event, ...]) -> _Beginning:
+        core, base = content.core, content.log.base
+        if base.id != base_id:
+            base = await core.assets.snapshot(base_id)
         log = folded(base, inherited, core.sources.new_node_id)
         return _Beginning(base, inherited, log, base.with_nodes(log.hierarchy()))
 
 
-async def _brought(
-    content: SessionContent,
-    number: int,
-    head: SegmentHead,
-    own: tuple[Event, ...],
-    beginnings: dict[int, _Beginning],
+async def _beginning_of(
+    content: SessionContent, persisted: Persisted, head: SegmentHead, at_segments: dict[int, _Beginning]
+) -> _Beginning:
+    """The state in which a fork began; ``at_segments`` has those of other forks, so that none is folded twice."""
+    if head.lineage is not None:
+        return await _Beginning.of(content, head.base, ())
+    if head.joined_at not in at_segments:
+        found = persisted.inherited_at(head.joined_at)
+        if found is None:
+            raise FormatError(
+                f"cannot read a fork of session {encode_id(persisted.session)}: it joined at segment "
+                f"{head.joined_at}, which the session does not have",
+                ErrorKind.DESERIALIZATION,
+            )
+        at_segments[head.joined_at] = await _Beginning.of(content, *found)
+    return at_segments[head.joined_at]
+
+
+def _brought(
+    content: SessionContent, number: int, head: SegmentHead, own: tuple[Event, ...], began: _Beginning
 ) -> Brought:
     """The changes of a fork, as it wrote them. Raises `FormatError` if its events do not follow from its beginning."""
-    core = content.core
-
-    async def snapshot(id: ObjectId) -> Snapshot:
-        return content.log.base if content.log.base.id == id else await core.assets.snapshot(id)
-
-    if head.lineage is not None:
-        origin, last_inherited = head.lineage
-        began = _Beginning.of(core, await snapshot(head.base), ())
-    else:
-        persisted, last_inherited = content.persisted, ()
-        assert persisted is not None
-        began_at = beginnings.get(head.joined_at)
-        if began_at is None:
-            found = persisted.inherited_at(head.joined_at)
-            if found is None:
-                raise FormatError(
-                    f"cannot read a fork of session {encode_id(persisted.session)}: it joined at segment "
-                    f"{head.joined_at}, which the session does not have",
-                    ErrorKind.DESERIALIZATION,
-                )
-            began_at = beginnings[head.joined_at] = _Beginning.of(core, await snapshot(found[0]), found[1])
-        began, origin = began_at, began_at.base.id
-    folded(began.nodes, own, core.sources.new_node_id)
+    folded(began.nodes, own, content.core.sources.new_node_id)
+    origin, last_inherited = head.lineage or (began.base.id, ())
     fork = Fork(
         number=number,
         base=began.base,
