@@ -302,6 +302,13 @@ def refused(error: E) -> E:
     return error
 
 
+def lost(error: E) -> E:
+    """Note on the error of a write that was refused since objects before it may be lost; returns the error."""
+    # The system says so once: what another sync says does not count.
+    error.lost = True
+    return refused(error)
+
+
 def unsent(error: E) -> E:
     """Note on the error of a write that no try of it reached the storage; returns the error."""
     error.unsent = True

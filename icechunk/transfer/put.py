@@ -377,7 +377,8 @@ class PutPool:
             Their keys, for `Storage.put_before`; `synced` is to say what became of them.
         """
         await self._finish()
-        keys = list(self._unsynced)
+        with self._lock:
+            keys = list(self._unsynced)
         self.require_kept(keys)
         if len(keys) <= _LEFT_TO_PUT:
             return keys

@@ -74,7 +74,7 @@ from icechunk.storage.local.files import (
 )
 from icechunk.storage.local.folders import Folders
 from icechunk.storage.local.syncs import fsync_each, fsync_file, hand_over, hand_over_together
-from icechunk.storage.outcome import refused, unsent
+from icechunk.storage.outcome import lost, refused, unsent
 from icechunk.storage.port import (
     ANY,
     Absent,
@@ -215,7 +215,7 @@ class LocalStorage(Storage):
             try:
                 await self._sync(before, put_follows=True)
             except StorageError as error:
-                raise _lost(error) from error.__cause__
+                raise lost(error) from error.__cause__
             before = {}
         return await self._in_thread(self._put_before, put, _Making(following), before)
 
@@ -393,15 +393,10 @@ class LocalStorage(Storage):
             return None
         path = self._path(key)
         try:
-            descriptor = os.open(path, _READ)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise self._not_found(key) from None
+            descriptor, status = self._opened(key, path)
         except OSError:
             return None
         try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise self._not_found(key)
             if not self._is_settled(key, path, status):
                 return None
             start, stop = resolve_range(byte_range, status.st_size, key)
@@ -430,18 +425,8 @@ class LocalStorage(Storage):
     def _get(self, key: str, byte_range: ByteRange) -> GetResult:
         path = self._path(key)
         with self._translated("read", key):
+            descriptor, status = self._opened(key, path)
             try:
-                descriptor = os.open(path, _READ)
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                raise self._not_found(key) from None
-            except PermissionError:
-                if os.name == "nt" and os.path.isdir(path):
-                    raise self._not_found(key) from None
-                raise
-            try:
-                status = os.fstat(descriptor)
-                if not stat.S_ISREG(status.st_mode):
-                    raise self._not_found(key)
                 self._seen(key, path, status)
                 start, stop = resolve_range(byte_range, status.st_size, key)
                 data = read_file(descriptor, start, stop - start, self._buffers)
@@ -454,6 +439,25 @@ class LocalStorage(Storage):
                 ErrorKind.IO,
             )
         return self._result(data, status)
+
+    def _opened(self, key: str, path: str) -> tuple[int, os.stat_result]:
+        """A descriptor of an object's file, to be closed. Raises `ObjectNotFoundError`, or `OSError` untranslated."""
+        try:
+            descriptor = os.open(path, _READ)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise self._not_found(key) from None
+        except PermissionError:
+            if os.name == "nt" and os.path.isdir(path):
+                raise self._not_found(key) from None
+            raise
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise self._not_found(key)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor, status
 
     def _result(self, data: Octets, status: os.stat_result) -> GetResult:
         return GetResult(
@@ -600,7 +604,7 @@ class LocalStorage(Storage):
             self._sync_files([temporary, *before], {**before, temporary: key})
             self._sync_rest([], before)
         except StorageError as error:
-            raise _lost(error) from error.__cause__
+            raise lost(error) from error.__cause__
 
     def _try_sync_together(self, keys: Mapping[str, str], put_follows: bool) -> bool:
         """As `_sync`, if there is a way that waits less often than once for each file."""
@@ -809,13 +813,6 @@ class LocalStorage(Storage):
             if writes and error.errno in _REFUSED:
                 raise refused(trouble) from error
             raise (unsent(trouble) if writes and not names else trouble) from error
-
-
-def _lost(error: StorageError) -> StorageError:
-    """The error of an object that was not written, since others before it may be lost."""
-    # The system says so once: what another sync says does not count.
-    error.lost = True
-    return refused(error)
 
 
 class _Making:

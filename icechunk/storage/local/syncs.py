@@ -26,7 +26,6 @@ __all__ = [
     "fsync_each",
     "fsync_file",
     "fsync_folder",
-    "fsync_path",
     "fsync_together",
     "hand_over",
     "hand_over_together",
@@ -76,15 +75,6 @@ def fsync_folder(path: str) -> None:
         os.close(descriptor)
 
 
-def fsync_path(path: str) -> None:
-    """Wait until a file's bytes and metadata are on the medium."""
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        fsync_file(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def start(descriptor: int, begin: int, count: int) -> None:
     """Begin to write part of a file to the medium, where the system has such a call; a hint."""
     call = _sync_file_range()
@@ -119,7 +109,8 @@ def hand_over_together(paths: Sequence[str]) -> None:
 
 
 def fsync_each(paths: Sequence[str]) -> None:
-    """As `fsync_path`, of files; the device works on all of them at once. An error has the path as its ``filename``."""
+    """Wait until files' bytes and metadata are on the medium; the device works on all of them at once. An error has the
+    path as its ``filename``."""
     _each(paths, fsync_file)
 
 
