@@ -313,7 +313,7 @@ class _RefsFollower:
         state = await self._log.refresh()
         self._log.require_all_refs()
         branches, tags = _refs(state)
-        tips = set(self._branches.values())
+        unread = set(self._branches.values())
         for name in sorted(self._branches.keys() - branches.keys()):
             before = self._branches.pop(name)
             yield self._made(EventKind.BRANCH_DELETED, branch=name, previous_snapshot_id=before)
@@ -324,11 +324,12 @@ class _RefsFollower:
         for name, tip in sorted(branches.items(), key=lambda item: (item[0] != MAIN, item)):
             old = self._branches.get(name)
             if old is None:
-                async for event in self._created(name, tip, tips | set(self._branches.values()), history):
+                async for event in self._created(name, tip, unread, history):
                     yield event
             elif old != tip:
                 async for event in self._moved(name, old, tip):
                     yield event
+            unread.add(tip)
         for name, target in tags.items():
             if self._tags.get(name) != target:
                 self._tags[name] = target
@@ -336,15 +337,15 @@ class _RefsFollower:
                 yield self._made(EventKind.TAG_CREATED, tag=name, snapshot_id=target, snapshot=info)
 
     async def _created(
-        self, name: str, tip: str, known: set[str], history: set[ObjectId]
+        self, name: str, tip: str, unread: set[str], history: set[ObjectId]
     ) -> AsyncIterator[RepositoryEvent]:
         """A new branch where it left the history of the known tips, and the commits from there on.
 
-        ``history`` has snapshots that known tips reach; more are added.
+        ``history`` has all snapshots that the known tips reach, but for those that are ``unread``; they are read here.
         """
-        for one in known:
+        while unread:
             with suppress(SnapshotNotFoundError):
-                history |= {record.id for record in await self._lineage(one, history)}
+                history |= {record.id for record in await self._lineage(unread.pop(), history)}
         try:
             *new, start = await self._lineage(tip, history, with_end=True)
         except SnapshotNotFoundError:
