@@ -77,10 +77,8 @@ class Crowd:
         """Whether the newest entry is the first one of its client, so that others may be about to come."""
         self._turn_us = 0
         """Time at which the turn of the first client in the order began, µs."""
-        self._seen: deque[tuple[int, int]] = deque(maxlen=_OBSERVED)
-        """Slots, and when they were read, µs."""
-        self._of_others: deque[bool] = deque(maxlen=_OBSERVED)
-        """Whether the entries in these slots are other clients'."""
+        self._seen: deque[tuple[int, int, bool]] = deque(maxlen=_OBSERVED)
+        """Slots, when they were read, µs, and whether their entries are other clients'."""
 
     def note_trip(self, took_us: float) -> None:
         """A request for a slot has taken so long."""
@@ -93,9 +91,8 @@ class Crowd:
 
     def note(self, n: int, nonce: bytes, now_us: int) -> None:
         """An entry has been folded just now."""
-        self._seen.append((n, now_us))
         tag = tag_of(nonce)
-        self._of_others.append(tag != self.tag)
+        self._seen.append((n, now_us, tag != self.tag))
         if tag is None:
             return
         first = next(iter(self._unused), None)
@@ -135,7 +132,7 @@ class Crowd:
         """Time between two entries; 0: unknown."""
         if len(self._seen) < 2:
             return 0.0
-        (first, began_us), (last, ended_us) = self._seen[0], self._seen[-1]
+        (first, began_us, _), (last, ended_us, _) = self._seen[0], self._seen[-1]
         return (ended_us - began_us) / max(1, last - first)
 
     def ahead(self, now_us: int) -> int:
@@ -151,7 +148,7 @@ class Crowd:
         0: unknown; so many that a listing is cheaper; or entries come slowly, or from this client alone.
         """
         pace_us = self._pace_us
-        if not pace_us or not any(self._of_others):
+        if not pace_us or not any(of_others for _, _, of_others in self._seen):
             return 0
         expected = 1 + int((now_us - self._seen[-1][1]) / pace_us)
         if self.interval_us:
