@@ -18,7 +18,6 @@ from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.port import Layout, RepositoryLog, SwapToken
 from icechunk.log.repository.queue import UpdateRetries
 from icechunk.log.repository.state import RepoState
-from icechunk.runtime.clock import Sources
 from tools.simulator.checker import ROOT, Operation, Outcome, View
 from tools.simulator.faults import CALM, Fault, Mix
 from tools.simulator.loop import DAY_S, VirtualLoop
@@ -88,12 +87,7 @@ class Client:
         self.skew_us = rng.randrange(-5_000_000, 5_000_000)
         self.tasks: list[asyncio.Task[Any]] = []
         loop = cluster.loop
-        self.sources = Sources(
-            wall_us=lambda: loop.now_us() + self.skew_us,
-            elapsed_us=lambda: int(loop.now_s * 1e6),
-            random_bytes=rng.randbytes,
-            sleep=asyncio.sleep,
-        )
+        self.sources = loop.sources(rng.randbytes, lambda: loop.now_us() + self.skew_us)
 
     @property
     def dead(self) -> bool:

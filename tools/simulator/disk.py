@@ -32,7 +32,6 @@ from icechunk.errors import (
 )
 from icechunk.log.repository.open import create_repository
 from icechunk.log.repository.port import Layout
-from icechunk.runtime.clock import Sources
 from icechunk.session.core import Core
 from icechunk.storage.local import folders
 from icechunk.storage.local.storage import LocalStorage
@@ -102,12 +101,7 @@ class _Machine:
         """Whether clients convert the repository, there and back."""
         self._commits = 0
         # Files have times of the system's clock, which is later: nothing here is so old that anything depends on it.
-        self.sources = Sources(
-            wall_us=lambda: _BEGAN_US + int(loop.now_s * 1e6),
-            elapsed_us=lambda: int(loop.now_s * 1e6),
-            random_bytes=rng.randbytes,
-            sleep=asyncio.sleep,
-        )
+        self.sources = loop.sources(rng.randbytes, lambda: _BEGAN_US + int(loop.now_s * 1e6))
 
     def note(self, who: str, what: str) -> None:
         """Write something down in the trace."""

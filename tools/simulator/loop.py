@@ -16,6 +16,8 @@ from functools import partial
 from types import FrameType
 from typing import Any, Final
 
+from icechunk.runtime.clock import Sources
+
 __all__ = ["DAY_S", "START_US", "StuckError", "VirtualLoop"]
 
 DAY_S: Final = 86_400.0
@@ -98,6 +100,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def now_us(self) -> int:
         """Virtual wall clock, µs since the Unix epoch."""
         return START_US + int(self.now_s * 1e6)
+
+    def sources(self, random_bytes: Callable[[int], bytes], wall_us: Callable[[], int] | None = None) -> Sources:
+        """Time, sleep and chance of one client; ``wall_us`` is its own wall clock, if it has one."""
+        return Sources(
+            wall_us=wall_us or self.now_us,
+            elapsed_us=lambda: int(self.now_s * 1e6),
+            random_bytes=random_bytes,
+            sleep=asyncio.sleep,
+        )
 
     def after(self, seconds: float) -> asyncio.Future[None]:
         """A future that is done then: what `asyncio.sleep` waits for, at a third of the cost."""

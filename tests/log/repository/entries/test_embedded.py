@@ -12,7 +12,6 @@ from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.port import RepositoryLog
-from icechunk.runtime.clock import Sources
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.wrapping import WrappingStorage
 from tools.simulator.loop import VirtualLoop
@@ -49,12 +48,7 @@ class Client:
         self.rng = random.Random(0)
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
-        self.sources = Sources(
-            wall_us=loop.now_us,
-            elapsed_us=lambda: int(loop.now_s * 1e6),
-            random_bytes=self.rng.randbytes,
-            sleep=asyncio.sleep,
-        )
+        self.sources = loop.sources(self.rng.randbytes)
         self.store = MemoryStorage(self.sources)
         self.far = Far(self.store)
 

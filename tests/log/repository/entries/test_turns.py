@@ -14,7 +14,6 @@ from icechunk.format.ids import ObjectId
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.open import open_repository
-from icechunk.runtime.clock import Sources
 from icechunk.storage.memory import MemoryStorage
 from icechunk.testing.wrapping import WrappingStorage
 from tools.simulator.loop import VirtualLoop
@@ -51,12 +50,7 @@ class Contest:
         self.rng = random.Random(seed)
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
-        self.sources = Sources(
-            wall_us=loop.now_us,
-            elapsed_us=lambda: int(loop.now_s * 1e6),
-            random_bytes=self.rng.randbytes,
-            sleep=asyncio.sleep,
-        )
+        self.sources = loop.sources(self.rng.randbytes)
         self.clients = clients
         self.waits_s: list[list[float]] = [[] for _ in range(clients)]
         self.acknowledged: list[ObjectId] = []
