@@ -14,7 +14,10 @@ pytestmark = [pytest.mark.oracle, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_both_libraries_change_a_wide_hierarchy_in_turn_and_read_the_same(version: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("creator", ["official", "ours"])
+def test_both_libraries_change_a_wide_hierarchy_in_turn_and_read_the_same(
+    creator: str, version: int, tmp_path: Path
+) -> None:
     if os.environ.get("CI"):
         oracle.ensure(oracle.OFFICIAL_CURRENT)
     elif oracle.find(oracle.OFFICIAL_CURRENT) is None:
@@ -24,7 +27,11 @@ def test_both_libraries_change_a_wide_hierarchy_in_turn_and_read_the_same(versio
         return oracle.run(oracle.OFFICIAL_CURRENT, "tools.interop.wide", *args)
 
     place = str(tmp_path / "repo")
-    official("create", place, str(version))
+    if creator == "official":
+        official("create", place, str(version))
+    else:
+        wide.run("create", place, version)
+        assert official("read", place) == wide.run("read", place)
     for number in (1, 2):
         wide.run("change", place, 2 * number)
         assert official("read", place) == wide.run("read", place)

@@ -2,12 +2,15 @@
 
 A node is half a dozen small tables. The positions of most fields depend only on the node's sizes and are known
 beforehand, so a node is one `struct.pack` (`_Head`), followed by its manifests and the names of its dimensions. Lengths
-of texts are rounded up to words, so a hierarchy needs few such layouts. Every node starts 4 bytes before an 8-byte
+of paths are rounded up to words, so a hierarchy needs few such layouts. Every node starts 4 bytes before an 8-byte
 boundary, which a table needs whose first field has 8 bytes.
 
 Many nodes that share a layout are written at once (`block`). Five thousand arrays of one kind differ only in their
-names, the bytes of their documents, their shapes, the manifests of their references, and their positions in the file:
-all other bytes are copied from the first one.
+paths, their shapes, the manifests of their references, and their positions in the file: all other bytes are copied from
+the first one.
+
+The documents follow all nodes. In wide hierarchies many are equal, and they are most of a file; several nodes refer to
+one of them.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, InvalidInputError
 from icechunk.format.flat.flatbuffers import MAX_BYTES, FlatWriter, utf8
+from icechunk.format.flat.vectors import put
 from icechunk.format.values import ManifestFile, ManifestRef, NodeKind, NodeSnapshot
 
 __all__ = ["FEW", "CopiedNodes", "Layout", "alike", "block", "write_files", "write_nodes"]
@@ -31,8 +35,14 @@ FEW: Final = 16
 """Number of nodes of one layout below which they are written one by one."""
 
 _ID_AT: Final = 16
+_DATA_AT: Final = 8
+"""Position of the offset to its document in a node's table."""
+_SHARING: Final = 8
+"""Most nodes that refer to one document. Readers refuse a payload if they have to read more than 16 times its bytes."""
 _WIDEST: Final = 8
 """Alignment of the widest field, bytes."""
+_PADDINGS: Final = (b"", bytes(3), bytes(2), bytes(1))
+"""Bytes that follow a document, by its size modulo 4."""
 _REF_SIZE: Final = 24
 """Bytes of the table of a manifest's id and extents, up to the extents."""
 _MOST: Final = 2**32 - 1
@@ -46,8 +56,6 @@ class Layout(NamedTuple):
     path_at: int
     path_bytes: int
     """Size of the path's field in bytes, with its padding."""
-    data_at: int
-    data_bytes: int
     dimensions_at: int
     """Position of the table (format 2) or the numbers (format 1) of the first dimension."""
     refs_at: int
@@ -65,7 +73,6 @@ def alike(nodes: Sequence[NodeSnapshot], paths: Sequence[bytes]) -> list[npt.NDA
     n = len(nodes)
     traits: list[npt.NDArray[np.int64]] = [
         np.fromiter(map(len, paths), np.int64, n) // 4,
-        -(-np.fromiter([len(node.user_data) for node in nodes], np.int64, n) // 4),
         np.fromiter([len(node.shape) if node.kind is NodeKind.ARRAY else -1 for node in nodes], np.int64, n),
         np.fromiter([len(node.manifests) for node in nodes], np.int64, n),
         np.fromiter([len(node.manifests[0].extents) if node.manifests else -1 for node in nodes], np.int64, n),
@@ -92,7 +99,7 @@ def block(
     paths: Sequence[bytes],
     shapes_v1: Sequence[Sequence[tuple[int, int]]] | None,
 ) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]] | None:
-    """The bytes of many nodes, uint8[n, size]; None where a number does not fit its field.
+    """The bytes of many nodes without their documents, uint8[n, size]; None where a number does not fit its field.
 
     Parameters
     ----------
@@ -116,9 +123,10 @@ def block(
         distance = field(at, "<i4")[:, 0]
         distance[:] = distance + moved
     field(_ID_AT, "V8")[:, 0] = np.frombuffer(b"".join([node.id for node in nodes]), "V8")
-    _fill_texts(field(layout.path_at, "<u4"), out, layout.path_at + 4, layout.path_bytes, paths)
-    data = [node.user_data for node in nodes]
-    _fill_texts(field(layout.data_at, "<u4"), out, layout.data_at + 4, layout.data_bytes, data)
+    field(layout.path_at, "<u4")[:, 0] = np.fromiter(map(len, paths), np.uint32, n)
+    # A numpy bytes value drops trailing zeros, which the padding writes again.
+    padded = np.array(paths, f"S{layout.path_bytes}").view(np.uint8).reshape(n, layout.path_bytes)
+    out[:, layout.path_at + 4 : layout.path_at + 4 + layout.path_bytes] = padded
     shapes: Sequence[Sequence[tuple[int, int]]] = [node.shape for node in nodes] if shapes_v1 is None else shapes_v1
     ndim = len(shapes[0])
     if ndim and nodes[0].kind is NodeKind.ARRAY:
@@ -152,15 +160,6 @@ def block(
     return out
 
 
-def _fill_texts(
-    lengths: npt.NDArray[Any], out: npt.NDArray[np.uint8], at: int, width: int, texts: Sequence[bytes]
-) -> None:
-    lengths[:, 0] = np.fromiter(map(len, texts), np.uint32, len(texts))
-    if width:
-        # A numpy bytes value drops trailing zeros, which the padding writes again.
-        out[:, at : at + width] = np.array(texts, f"S{width}").view(np.uint8).reshape(len(texts), width)
-
-
 def _numbers(values: Sequence[int], most: int) -> npt.NDArray[np.uint64] | None:
     """The values as a column; None if one of them is negative or larger than ``most``."""
     if min(values) < 0 or max(values) > most:
@@ -183,7 +182,7 @@ class _Head:
         True for format 2.
     ndim
         Dimensions of the array; −1: a group.
-    path, user_data, extra
+    path, extra
         Number of 4-byte words that each takes; −1: no ``extra``.
     names
         Whether the dimensions have names.
@@ -200,7 +199,7 @@ class _Head:
         "size",
     )
 
-    def __init__(self, newer: bool, ndim: int, path: int, user_data: int, extra: int, names: bool) -> None:
+    def __init__(self, newer: bool, ndim: int, path: int, extra: int, names: bool) -> None:
         is_array, has_extra = ndim >= 0, extra >= 0
         self.array_at = array_at = 32 if has_extra else 28
         links = is_array * (2 + names + newer)
@@ -220,17 +219,17 @@ class _Head:
         elif is_array:
             shape = f"I{2 * ndim}Q"
             path_at = old_at + 4 + 16 * ndim
-        data_at = path_at + 4 + 4 * path
-        extra_at = data_at + 4 + 4 * user_data
+        extra_at = path_at + 4 + 4 * path
         self.size = size = extra_at + (4 + 4 * extra if has_extra else 0)
-        self.node_links = (path_at - 4, data_at - 8, array_at - 12) + ((extra_at - 16,) if has_extra else ())
+        # The document's place is known later.
+        self.node_links = (path_at - 4, 0, array_at - 12) + ((extra_at - 16,) if has_extra else ())
         self.names_field = array_at + 8 if names else 0
         refs_field = array_at + 8 + 4 * names
         self.array_links = (old_at - array_at - 4, size - refs_field, new_at - refs_field - 4)
         self.dimensions = tuple(self.dimensions_at - new_at - 4 + 12 * i for i in range(max(ndim, 0)))
         """Offsets to the tables of the dimensions."""
         text = f"I{4 * extra}s" if has_extra else ""
-        self.packer = struct.Struct(f"<i{3 + has_extra}I8sB3xi{links}I{gap}x{shape}I{4 * path}sI{4 * user_data}s{text}")
+        self.packer = struct.Struct(f"<i{3 + has_extra}I8sB3xi{links}I{gap}x{shape}I{4 * path}s{text}")
 
 
 _head = lru_cache(maxsize=4096)(_Head)
@@ -247,8 +246,8 @@ class _Nodes:
 
     def __init__(self, writer: FlatWriter, newer: bool) -> None:
         self._newer = newer
-        self._node = writer.vtable({0: 16, 1: 4, 2: 8, 3: 24, 4: 12}, 28)
-        self._with_extra = writer.vtable({0: 20, 1: 4, 2: 8, 3: 28, 4: 12, 5: 16}, 32)
+        self._node = writer.vtable({0: 16, 1: 4, 2: _DATA_AT, 3: 24, 4: 12}, 28)
+        self._with_extra = writer.vtable({0: 20, 1: 4, 2: _DATA_AT, 3: 28, 4: 12, 5: 16}, 32)
         self._group = writer.vtable({}, 4)
         self._array = writer.vtable({0: 4, 2: 8, 3: 12} if newer else {0: 4, 2: 8}, 16 if newer else 12)
         named = {0: 4, 1: 8, 2: 12, 3: 16} if newer else {0: 4, 1: 8, 2: 12}
@@ -259,15 +258,14 @@ class _Nodes:
         self._no_name = writer.vtable({}, 4)
 
     def pack(self, node: NodeSnapshot, shape_v1: Sequence[tuple[int, int]], at: int) -> list[bytes]:
-        """The node's bytes for that position; their number is a multiple of 8."""
+        """The node's bytes for that position, without its document; their number is a multiple of 8."""
         path, extra, newer = utf8(node.path), node.extra if self._newer else None, self._newer
-        user_data, names = node.user_data, node.dimension_names
+        names = node.dimension_names
         is_array = node.kind is NodeKind.ARRAY
         head = _head(
             newer,
             len(node.shape if newer else shape_v1) if is_array else -1,
             len(path) // 4 + 1,
-            -(-len(user_data) // 4),
             -1 if extra is None else -(-len(extra) // 4),
             is_array and names is not None,
         )
@@ -296,7 +294,7 @@ class _Nodes:
             else:
                 array = (old_link, *array, len(shape_v1), *chain.from_iterable(shape_v1))
         vtable = self._group if not is_array else self._array if names is None else self._named
-        texts = (len(path), path, len(user_data), user_data) + (() if extra is None else (len(extra), extra))
+        texts = (len(path), path) if extra is None else (len(path), path, len(extra), extra)
         try:
             packed = head.packer.pack(
                 at - (self._node if extra is None else self._with_extra),
@@ -322,8 +320,8 @@ class _Nodes:
         """The layout of a node without ``extra``."""
         names = node.dimension_names if node.kind is NodeKind.ARRAY else None
         is_array = node.kind is NodeKind.ARRAY
-        path_words, data_words = len(path) // 4 + 1, -(-len(node.user_data) // 4)
-        head = _head(self._newer, ndim if is_array else -1, path_words, data_words, -1, names is not None)
+        path_words = len(path) // 4 + 1
+        head = _head(self._newer, ndim if is_array else -1, path_words, -1, names is not None)
         tables = [0, head.array_at]
         refs_at = head.size
         if is_array:
@@ -341,8 +339,6 @@ class _Nodes:
             tables=tuple(tables),
             path_at=head.node_links[0] + 4,
             path_bytes=4 * path_words,
-            data_at=head.node_links[1] + 8,
-            data_bytes=4 * data_words,
             dimensions_at=head.dimensions_at + (0 if self._newer else 4),
             refs_at=refs_at,
         )
@@ -456,13 +452,61 @@ def write_nodes(
             ) from error
         pieces += own
         at += sum(map(len, own))
+    documents, size = _documents(nodes, at, pieces)
+    at += size
     if at > MAX_BYTES:
         raise InvalidInputError(
             f"cannot encode {at} bytes: a metadata file holds at most {MAX_BYTES}", ErrorKind.SERIALIZATION
         )
     _link(writer, start, places if copied is None else np.insert(copied.tables + copied_at, copied.others, places))
     writer.out += b"".join(pieces)
+    fields = places + _DATA_AT
+    put(np.frombuffer(writer.out, np.uint8), fields, (documents - fields).astype("<u4"))
     return start
+
+
+def _documents(
+    nodes: Sequence[NodeSnapshot], at: int, pieces: list[bytes | memoryview]
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Append the documents of nodes, as vectors of bytes that begin at that position, to ``pieces``.
+
+    Returns
+    -------
+    places : int64[n]
+        The position of each node's document.
+    size
+        Number of bytes that were appended, a multiple of 4.
+    """
+    documents, numbers = _shared([node.user_data for node in nodes])
+    places: list[int] = []
+    end = at
+    for document in documents:
+        places.append(end)
+        size = len(document)
+        padding = _PADDINGS[size % 4]
+        pieces += (_U32.pack(size), document, padding)
+        end += 4 + size + len(padding)
+    return np.array(places, np.int64)[numbers], end - at
+
+
+def _shared(documents: Sequence[bytes]) -> tuple[Sequence[bytes], npt.NDArray[np.intp]]:
+    """The documents to write, of which some may be equal, and the number of the one that each node refers to."""
+    n = len(documents)
+    own = np.arange(n)
+    if n < FEW:
+        return documents, own
+    numbers = {document: i for i, document in enumerate(dict.fromkeys(documents))}
+    if len(numbers) == n:
+        return documents, own
+    kinds = np.fromiter(map(numbers.__getitem__, documents), np.int64, n)
+    order = np.argsort(kinds, kind="stable")
+    firsts = np.flatnonzero(np.diff(kinds[order], prepend=-1))
+    # The number of equal documents before each one.
+    before = own - np.repeat(firsts, np.diff(firsts, append=n))
+    is_written = before % _SHARING == 0
+    written = np.empty(n, np.intp)
+    written[order] = np.cumsum(is_written) - 1
+    return [documents[i] for i in order[is_written].tolist()], written
 
 
 def _together(

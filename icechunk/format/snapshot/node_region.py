@@ -146,7 +146,7 @@ def below_nodes(
     extent = extent or _NoExtent(0)
     _note_known(nodes, _NODE_SLOTS, extent)
     extent.note_vectors(nodes.vectors(_PATH, 1), 1, 1)
-    extent.note_vectors(nodes.vectors(_USER_DATA, 1), 1)
+    extent.note_vectors(_distinct(nodes.vectors(_USER_DATA, 1)), 1)
     extent.note_vectors(nodes.vectors(_EXTRA, 1), 1)
     data, at = nodes.column(_DATA, 4), np.zeros(len(nodes), np.int64)
     if data is not None:
@@ -186,6 +186,14 @@ def below_nodes(
         extent.note_vectors(boxes, _RANGE_SIZE)
         return gather(buffer, ids.positions, f"S{_ID_SIZE}"), rows[owner]
     return np.empty(0, f"S{_ID_SIZE}"), np.empty(0, np.int64)
+
+
+def _distinct(vectors: Vectors | None) -> Vectors | None:
+    """The vectors without repetitions of those at one position: nodes with equal documents refer to the same one."""
+    if vectors is None:
+        return None
+    starts, which = np.unique(vectors.starts, return_index=True)
+    return Vectors(None, starts, vectors.counts[which])
 
 
 def _note_known(tables: TableColumns, slots: int, extent: Extent) -> None:

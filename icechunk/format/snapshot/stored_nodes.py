@@ -39,7 +39,7 @@ class NodeRegion(NamedTuple):
     last: int
     """Position after the last one."""
     used: int
-    """Number of bytes in it that belong to the nodes; bytes that several nodes share count for each."""
+    """Number of bytes in it that belong to the nodes. Documents that nodes share count once, other bytes for each."""
     manifests: npt.NDArray[np.bytes_]
     """S12[m]: ids of the manifests of all nodes, in the order of the nodes."""
     manifest_rows: npt.NDArray[np.int64]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -19,7 +20,7 @@ from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.flat.flatbuffers import Buffer, FlatTable, FlatWriter, Inline, Items, id_struct, u8
 from icechunk.format.ids import NodeId, ObjectId
-from icechunk.format.snapshot import codec, nodes, stored_nodes
+from icechunk.format.snapshot import codec, node_encoding, nodes, stored_nodes
 from icechunk.format.snapshot.codec import decode_snapshot, encode_and_keep, encode_snapshot
 from icechunk.format.snapshot.node_decoding import decode_one
 from icechunk.format.snapshot.node_encoding import write_nodes
@@ -164,6 +165,36 @@ def test_bytes_of_nodes_that_were_replaced_do_not_pile_up() -> None:
             found |= {path: replace(found[path], user_data=found[path].user_data[:-3] + b"%03d" % n) for path in some}
             data = encode_snapshot(now.with_nodes(now.nodes.changed({path: found[path] for path in some})))
             assert len(unseal(data, FileType.SNAPSHOT)[1]) < 1.5 * at_first
+    assert decode_snapshot(data).nodes == found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([b"", b"{}", b"{ }", DOCUMENT]), min_size=1, max_size=80), st.sampled_from((1, 2)))
+def test_equal_documents_are_written_once_for_every_eight_nodes(documents: list[bytes], version: int) -> None:
+    groups = {
+        f"/g{n:02}": replace(node(f"/g{n:02}"), user_data=document, extra=b"e" if version == 2 and n % 5 == 0 else None)
+        for n, document in enumerate(documents)
+    }
+    data = encode_snapshot(snapshot_of(groups), version)
+    assert decode_snapshot(data).nodes == groups
+    with lazily():
+        read = decode_snapshot(data).nodes
+        assert read == groups
+        assert isinstance(read, SnapshotNodes)
+    found = read.stored.columns()[1].vectors(2, 1)
+    assert found is not None
+    used = Counter(found.starts.tolist())
+    assert max(used.values()) <= 8
+    if len(documents) >= node_encoding.FEW:
+        assert len(used) == sum(-(-count // 8) for count in Counter(documents).values())
+
+
+def test_documents_that_are_much_larger_than_their_nodes_are_read_though_they_are_shared() -> None:
+    document = b'{"attributes":{"history":"' + b"x" * 20_000 + b'"}}'
+    found = {path: replace(one, user_data=document) for path, one in tree(1000).items()}
+    data = encode_snapshot(snapshot_of(found))
+    assert len(unseal(data, FileType.SNAPSHOT)[1]) < 1000 * 20_000 / 7
+    assert decoded_at_once(data).nodes == found
     assert decode_snapshot(data).nodes == found
 
 
