@@ -50,13 +50,13 @@ class Checkpointing:
 
     Parameters
     ----------
-    idle
-        Returns when a checkpoint in the background delays no caller, or has waited long enough.
+    time
+        Returns when it is time for a checkpoint in the background: it delays no caller, or has waited long enough.
     """
 
-    def __init__(self, view: LogView, idle: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, view: LogView, time: Callable[[], Awaitable[None]]) -> None:
         self._view = view
-        self._idle = idle
+        self._time = time
         self._one_at_a_time = asyncio.Lock()
         self._stopped = False
         self._pausing = False
@@ -150,16 +150,20 @@ class Checkpointing:
     async def _write_while_due(self) -> None:
         view = self._view
         while not self._stopped and view.ended_reason is None and checkpoint_is_due(view.head, view.known):
-            await self._idle()
+            await self._pause(self._time())
             began_us = view.sources.elapsed_us()
             if not await self.try_write():
                 return
             took_s = max(0, view.sources.elapsed_us() - began_us) / 1e6
-            self._pausing = True
-            try:
-                await view.sources.sleep(min(_LONGEST_PAUSE_S, _PAUSE_SHARE * took_s))
-            finally:
-                self._pausing = False
+            await self._pause(view.sources.sleep(min(_LONGEST_PAUSE_S, _PAUSE_SHARE * took_s)))
+
+    async def _pause(self, pause: Awaitable[None]) -> None:
+        """Wait where `finish` may cancel it."""
+        self._pausing = True
+        try:
+            await pause
+        finally:
+            self._pausing = False
 
     async def try_write(self, *, through: bool = False) -> bool:
         """Write one, with ``through`` as `write_through`. A failure is logged; the next checkpoint does its work."""

@@ -39,7 +39,7 @@ from icechunk.log.repository.entry import Entry, decode_entry, epoch_prefix
 from icechunk.log.repository.events import CONVERT, Sealed
 from icechunk.log.repository.freshness import Instant, instant, is_fresh, store_time_us
 from icechunk.log.repository.marker import NO_FILES, files_to_open_with, state_of
-from icechunk.log.repository.objects import Known, RepoObject, read_slot, updates_per_file_of
+from icechunk.log.repository.objects import Known, RepoObject, read_repo, read_slot, updates_per_file_of
 from icechunk.log.repository.state import MAIN, RepoState, resting_on
 from icechunk.log.repository.store_check import may_write
 from icechunk.runtime.clock import Sources
@@ -263,6 +263,20 @@ class LogView:
     def embeds_much(self) -> bool:
         """Whether putting the embedded files before a checkpoint costs more than reading ``repo`` first."""
         return len(self.embedded) > _MANY_FILES or self.embedded.dropped > self.checkpoint_n
+
+    async def learn_checkpoint(self) -> None:
+        """See which entries ``repo`` holds by now, if that is cheaper than to put their files once more."""
+        if not self.embeds_much:
+            return
+        found = await read_repo(self.storage, self.sources)
+        marker = None if found is None else found.known.marker
+        if (
+            found is not None
+            and marker is not None
+            and marker.epoch == self.head.epoch
+            and marker.n > self.checkpoint_n
+        ):
+            self.repo_is(found.known)
 
     async def embedded_files(self, after: int, end: int) -> Mapping[str, bytes]:
         """As `icechunk.log.repository.entries.embedded.Embedded.embedded_files`."""

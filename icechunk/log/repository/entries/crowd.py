@@ -142,6 +142,15 @@ class Crowd:
         before = list(self._unused).index(self.tag) + self._newcomers
         return max(0, before - self._given_up(now_us))
 
+    def is_busy(self, now_us: int) -> bool:
+        """Whether other clients write at the same time: their entries come soon one after the other."""
+        pace_us = self._pace_us
+        return (
+            0 < pace_us <= _FAST_US
+            and now_us - self._seen[-1][1] <= _OBSERVED * pace_us
+            and any(of_others for _, _, of_others in self._seen)
+        )
+
     def expected(self, now_us: int) -> int:
         """Number of entries that other clients may have added since the newest one was read, about.
 

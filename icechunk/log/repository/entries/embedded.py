@@ -107,7 +107,7 @@ class EmbeddedFiles:
         self._under_way: tuple[int, ...] = ()
         """Slots of `_own` whose files are being put."""
         self._progress = asyncio.Event()
-        self._closing = False
+        self._closes = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         """Puts the files of this client's own entries."""
 
@@ -156,16 +156,22 @@ class EmbeddedFiles:
 
     # -------------------------------------------------------------- putting
 
-    def put_soon(self, n: int, idle: Callable[[], Awaitable[None]]) -> None:
-        """An entry of this client's own has landed: put its files in the background, once ``idle`` has returned."""
-        if n not in self._by_slot or self._closing:
+    def put_soon(self, n: int, quiet: Callable[[], Awaitable[None]]) -> None:
+        """An entry of this client's own has landed: put its files in the background, once ``quiet`` has returned, or at
+        the latest when this client ends. ``quiet`` raises no error."""
+        if n not in self._by_slot or self._closes.is_set():
             return
         self._own.append(n)
         if self.task is None or self.task.done():
-            self.task = asyncio.get_running_loop().create_task(self._put_own(idle), name="icechunk log files")
+            self.task = asyncio.get_running_loop().create_task(self._put_own(quiet), name="icechunk log files")
 
-    async def _put_own(self, idle: Callable[[], Awaitable[None]]) -> None:
-        await idle()
+    async def _put_own(self, quiet: Callable[[], Awaitable[None]]) -> None:
+        waits = [asyncio.ensure_future(quiet()), asyncio.ensure_future(self._closes.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
         why: Exception | None = None
         for attempt in range(_ATTEMPTS):
             if attempt:
@@ -243,5 +249,5 @@ class EmbeddedFiles:
 
     async def finish(self, grace_s: float) -> None:
         """Begin no more; wait for those under way."""
-        self._closing = True
+        self._closes.set()
         await finish_task(self.task, grace_s)

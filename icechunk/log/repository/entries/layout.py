@@ -69,6 +69,10 @@ _SWAPS_OUT_OF_TURN: Final = 2
 _LONGEST_WAIT_US: Final = 5_000_000
 _BACKGROUND_WAITS_S: Final = 1.0
 """Longest time for which embedded files and checkpoints are not put while callers wait."""
+_CROWD_LOOK_S: Final = 0.25
+"""Time between two looks whether other clients still write."""
+_CHARGED_SLOTS: Final = 16
+"""While clients write at the same time, the writer of every such slot writes the checkpoint."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -107,7 +111,9 @@ class LogLayout(SwappedLog[SlotAttempt]):
         files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
         self.view: LogView = LogView(storage, sources, opened, updates_per_file=updates_per_file, files=files)
         """This client's knowledge of the log."""
-        self._checkpointing = Checkpointing(self.view, self._idle)
+        self._checkpointing = Checkpointing(self.view, self._charge)
+        self._charged = asyncio.Event()
+        """Set while the newest entry of this client is in a slot whose writer writes a checkpoint."""
         self._store_check = StoreCheck(storage)
         self._turns: dict[str, asyncio.Lock] = {}
         self._expected: tuple[RepoState, list[Waiting], RepoState] = (self.state, [], self.state)
@@ -387,15 +393,43 @@ class LogLayout(SwappedLog[SlotAttempt]):
             freshness=freshness,
         )
         if not self._storage.defers_syncs:
-            self.view.embedded.put_soon(attempt.n, self._idle)
+            self.view.embedded.put_soon(attempt.n, self._quiet)
 
     def _landed(self, attempt: SlotAttempt) -> None:
+        if attempt.n % _CHARGED_SLOTS:
+            self._charged.clear()
+        else:
+            self._charged.set()
         self._checkpointing.spawn_if_due()
 
     async def _idle(self) -> None:
         """Wait until no caller waits for a swap, or for a second: the time of what runs in the background."""
         if self.runner is not None and not self.runner.done():
             await asyncio.wait({self.runner}, timeout=_BACKGROUND_WAITS_S)
+
+    def _is_crowded(self) -> bool:
+        return self.view.crowd.is_busy(self._sources.elapsed_us())
+
+    async def _charge(self) -> None:
+        """The time of a checkpoint: while other clients write too, that of one of them at a time.
+
+        It first puts the embedded files of all entries. If every client did so, each file would be put several times.
+        """
+        await self._idle()
+        while self._is_crowded() and not self._charged.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._charged.wait(), _CROWD_LOOK_S)
+        self._charged.clear()
+
+    async def _quiet(self) -> None:
+        """The time of the files of this client's own entries: while other clients write too, checkpoints put them."""
+        await self._idle()
+        if not self._is_crowded():
+            return
+        while self._is_crowded():
+            await self._sources.sleep(_CROWD_LOOK_S)
+        with suppress(IcechunkError, OSError):
+            await self.view.learn_checkpoint()
 
     def _note_swap(self, took_s: float) -> None:
         super()._note_swap(took_s)

@@ -40,6 +40,18 @@ def test_the_turn_is_that_of_the_client_that_has_waited_longest() -> None:
     assert aheads == [1, 2, 3, 0]
 
 
+def test_a_log_is_busy_while_entries_of_others_come_soon_one_after_the_other() -> None:
+    crowd, now_us = crowd_of(1, 0, 2, 1)
+    assert crowd.is_busy(now_us)
+    assert crowd.is_busy(now_us + 16 * 30_000)
+    assert not crowd.is_busy(now_us + 17 * 30_000)
+    alone, now_us = crowd_of(0, 0, 0, 0)
+    assert not alone.is_busy(now_us)
+    slow, now_us = crowd_of(1, 0, 1, interval_us=300_000)
+    assert not slow.is_busy(now_us)
+    assert not Crowd(nonce(0)[:TAG_BYTES]).is_busy(0)
+
+
 def test_a_client_without_an_entry_waits_for_no_turn() -> None:
     crowd, now_us = crowd_of(1, 2, 3, 1, 2, 3)
     assert crowd.ahead(now_us) == 0

@@ -10,6 +10,7 @@ from typing import Any
 from icechunk.format.ids import ObjectId
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.layout import LogLayout
+from icechunk.log.repository.objects import read_repo
 from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.port import RepositoryLog
 from icechunk.storage.memory import MemoryStorage
@@ -54,6 +55,10 @@ class Client:
 
     async def open(self) -> LogLayout:
         await (await create_log(self.store, self.sources)).aclose()
+        return await self.join()
+
+    async def join(self) -> LogLayout:
+        """Another client of the log."""
         log = await open_repository(self.far, self.sources)
         assert isinstance(log, LogLayout)
         await log.prepare_writes()
@@ -127,5 +132,71 @@ def test_a_requested_checkpoint_does_not_wait_for_callers() -> None:
         assert log.view.checkpoint_n >= head > 0
         await work
         await log.aclose()
+
+    run(body)
+
+
+async def crowd(client: Client, seconds: float) -> list[LogLayout]:
+    """Clients that have committed at the same time, again and again."""
+    logs = [await client.open(), *[await client.join() for _ in range(3)]]
+    end_s = asyncio.get_running_loop().time() + seconds
+
+    async def work(log: LogLayout) -> None:
+        while asyncio.get_running_loop().time() < end_s:
+            await log.refresh()
+            await client.commit(log)
+
+    await asyncio.gather(*(work(log) for log in logs))
+    return logs
+
+
+def test_in_a_crowd_each_file_is_put_about_once_and_repo_is_seldom_written() -> None:
+    async def body(client: Client) -> None:
+        logs = await crowd(client, 8)
+        commits = max(log.n for log in logs)
+        assert commits > 150
+        written = await read_repo(client.store, client.sources)
+        assert written is not None
+        assert written.known.marker is not None
+        # The writer of each 16th slot brings it up to the head, in a few round trips.
+        assert commits - written.known.marker.n < 48
+        # If each client put its own files, and wrote checkpoints on its own, it would be twice as many.
+        assert len(client.far.began_s("snapshots/")) < 1.5 * commits
+        assert len(client.far.began_s("repo")) < commits / 8
+        for log in logs:
+            await log.aclose()
+
+    run(body)
+
+
+def test_after_a_crowd_the_rest_is_put_soon() -> None:
+    async def body(client: Client) -> None:
+        logs = await crowd(client, 3)
+        commits = max(log.n for log in logs)
+        await asyncio.sleep(5)
+        put = {key for _, key in client.far.puts if key.startswith("snapshots/")}
+        assert len(put) == commits
+        written = await read_repo(client.store, client.sources)
+        assert written is not None
+        assert written.known.marker is not None
+        assert written.known.marker.n == commits
+        for log in logs:
+            await log.aclose()
+
+    run(body)
+
+
+def test_a_client_that_ends_in_a_crowd_puts_its_files_first() -> None:
+    async def body(client: Client) -> None:
+        logs = await crowd(client, 1)
+        last = max(logs, key=lambda log: log.n)
+        assert last.view.crowd.is_busy(client.sources.elapsed_us())
+        began_s = asyncio.get_running_loop().time()
+        await last.aclose()
+        assert asyncio.get_running_loop().time() - began_s < 20 * ROUND_TRIP_S
+        put = {key for _, key in client.far.puts if key.startswith("snapshots/")}
+        assert len(put) >= last.n
+        for log in logs:
+            await log.aclose()
 
     run(body)
