@@ -103,11 +103,13 @@ class Living:
         self._bases = frozenset(bases)
         self._transactions: set[ObjectId] = {FIRST_SNAPSHOT} if known is None else known._transactions
         self._chunks: RowSet = RowSet(CHUNK_ID_BYTES) if known is None else known._chunks
-        self._growths = 0
+        self._has_grown = False
         self._looked_us = sources.elapsed_us()
         self._growing = asyncio.Lock()
         self.state: RepoState = state
         """The repository as it was last seen."""
+        self.began: RepoState | None = None
+        """The repository at the first growth."""
         self.walked: Walked = Walked() if known is None else known.walked
         """Its snapshots, and their manifests."""
 
@@ -121,9 +123,12 @@ class Living:
 
     async def grow(self, state: RepoState) -> None:
         """Add the objects that a state reaches. Raises if one of its files cannot be read."""
-        self._growths += 1
         in_files = self._log.layout is Layout.REFS
         start = state.tips() | self._bases if in_files else set(state.snapshots)
+        if self.began is None:
+            self.began = state
+        elif not start <= self.walked.snapshots.keys():
+            self._has_grown = True
         manifests = await walk(self._files, start, self.walked, self._limits, follow_parents=in_files)
         self._transactions |= self.walked.snapshots.keys()
         if not in_files:
@@ -149,8 +154,8 @@ class Living:
 
     @property
     def is_as_it_began(self) -> bool:
-        """Whether it has not grown since its first growth, so that its shares cover all of it."""
-        return self._growths == 1
+        """Whether no snapshot has come to it since its first growth, so that its shares cover all of it."""
+        return self.began is not None and not self._has_grown
 
     @property
     def num_rows(self) -> int:
@@ -213,9 +218,11 @@ class LivingMemory:
 
     def keep(self, living: Living, shares: Shares) -> None:
         """Remember the findings of a collection that succeeded and rewrote nothing."""
-        if living.is_as_it_began and living.num_rows + len(shares.spans) <= _MOST_ROWS:
+        began = living.began if living.is_as_it_began else None
+        if began is not None and living.num_rows + len(shares.spans) <= _MOST_ROWS:
             with self._lock:
-                self._kept = living, shares, frozenset(_detached(living.state))
+                # Those that have lost their branch since then are not in the shares.
+                self._kept = living, shares, frozenset(_detached(began))
 
 
 def _detached(state: RepoState) -> set[ObjectId]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.errors import InvalidInputError
-from icechunk.format.ids import object_id_from_text
 from icechunk.format.keys import CHUNKS_PREFIX
 from icechunk.format.values import INLINE, NATIVE, VIRTUAL, ChunkRefs
 from icechunk.log.repository.port import Layout, RepositoryLog
@@ -24,6 +21,7 @@ from icechunk.maintenance.byte_ranges import (
 )
 from icechunk.maintenance.limits import Limits
 from icechunk.maintenance.reachability import Files, ManyRefs, RowSet, Walked, read_all_manifests, walk
+from icechunk.maintenance.sweep import with_ids
 from icechunk.ops import ChunkStorageStats
 from icechunk.runtime.tasks import run_all
 from icechunk.storage.port import NO_LISTING, Storage
@@ -82,10 +80,9 @@ class _Sizes:
         """List them."""
         try:
             async for page in storage.list_pages(CHUNKS_PREFIX):
-                for info in page:
-                    with suppress(InvalidInputError):
-                        self._names.append(object_id_from_text(info.key.removeprefix(CHUNKS_PREFIX)))
-                        self._sizes.append(info.size)
+                for id, info in with_ids(CHUNKS_PREFIX, page):
+                    self._names.append(id)
+                    self._sizes.append(info.size)
         except NO_LISTING:
             return
         self.complete = True

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import field
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from icechunk.errors import AccessDeniedError, ErrorKind, IcechunkError, InvalidInputError, StorageError
-from icechunk.format.ids import ObjectId, object_id_from_text
+from icechunk.format.ids import ObjectId, object_id_from_text, object_ids_from_texts
 from icechunk.maintenance.limits import Limits
 from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import ObjectInfo, Storage
 
-__all__ = ["Judge", "Listed", "Notes", "Sweep", "Swept"]
+__all__ = ["Judge", "Listed", "Notes", "Sweep", "Swept", "with_ids"]
 
 _LOG: Final = logging.getLogger(__name__)
 _BATCH: Final = 1000
@@ -24,8 +25,7 @@ _ERRORS_TOLD: Final = 100
 _ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listed:
+class Listed(NamedTuple):
     """An object whose name is an id."""
 
     id: ObjectId
@@ -165,7 +165,7 @@ class Sweep:
         await run_each(walk, parts, limit=len(parts))
 
     async def _take(self, prefix: str, page: Sequence[ObjectInfo]) -> None:
-        listed = [found for info in page if (found := _listed(prefix, info))]
+        listed = with_ids(prefix, page)
         garbage = self._judge.garbage(prefix, [one for one in listed if one.info.modified_us < self._older_than_us])
         if self._notes is not None:
             gone = {one.id for one in garbage}
@@ -217,11 +217,17 @@ class Sweep:
         self.swept.bytes_deleted += sum(one.info.size for one in deleted)
 
 
-def _listed(prefix: str, info: ObjectInfo) -> Listed | None:
+def with_ids(prefix: str, page: Sequence[ObjectInfo]) -> list[Listed]:
+    """The objects of a page below a prefix whose names are ids, in its order."""
+    names = [info.key.removeprefix(prefix) for info in page]
     try:
-        return Listed(id=object_id_from_text(info.key.removeprefix(prefix)), info=info)
+        return list(map(Listed, object_ids_from_texts(names), page))
     except InvalidInputError:
-        return None
+        found = []
+        for name, info in zip(names, page, strict=True):
+            with suppress(InvalidInputError):
+                found.append(Listed(object_id_from_text(name), info))
+        return found
 
 
 async def _close(pages: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import datetime, timedelta
 
 import numpy as np
@@ -10,8 +11,12 @@ import zarr
 
 import icechunk
 from icechunk.format.ids import object_id_from_text
+from icechunk.format.keys import CHUNKS_PREFIX
+from icechunk.maintenance import living
 from icechunk.storage.memory import MemoryStorage
+from icechunk.storage.port import ObjectInfo, Storage
 from icechunk.testing.recording import RecordingStorage
+from icechunk.testing.wrapping import WrappingStorage
 from tests.inside import log_of
 from tests.maintenance.helpers import AgedStorage, History, ago, by_layout
 
@@ -82,3 +87,59 @@ async def test_a_snapshot_that_lost_its_branch_is_no_longer_taken_from_memory(ve
     assert await read_again(recording, history, old)
     log = await log_of(history.repo)
     assert object_id_from_text(infos[0].id) in log.state.snapshots
+
+
+class MeanwhileStorage(WrappingStorage):
+    """Something happens before chunks are listed."""
+
+    def __init__(self, inner: Storage) -> None:
+        super().__init__(inner)
+        self.meanwhile: Callable[[], Awaitable[object]] | None = None
+
+    async def list_pages(
+        self, prefix: str = "", *, start_after: str | None = None, page_size: int = 1000
+    ) -> AsyncIterator[list[ObjectInfo]]:
+        if prefix == CHUNKS_PREFIX and (meanwhile := self.meanwhile) is not None:
+            self.meanwhile = None
+            await meanwhile()
+        async for page in super().list_pages(prefix, start_after=start_after, page_size=page_size):
+            yield page
+
+
+@pytest.mark.parametrize("change", ["create a tag", "delete a branch", "commit"])
+@pytest.mark.parametrize("version", [None, 2], ids=["log", "repo"])
+async def test_findings_are_kept_unless_what_a_collection_sees_while_it_deletes_makes_them_incomplete(
+    version: int | None, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(living, "_LOOK_EVERY_US", -1)
+    meanwhile = MeanwhileStorage(AgedStorage(MemoryStorage()))
+    recording = RecordingStorage(meanwhile, turns=0)
+    history = await History.create(recording, version)
+    for value in range(5):
+        await commit(history, value)
+    infos = [info async for info in history.repo.async_ancestry(branch="main")]
+    await history.repo.create_branch_async("b", infos[0].id)
+    branch = await history.repo.writable_session_async("b")
+    await (await zarr.api.asynchronous.create_group(store=branch.store, path="g")).update_attributes({"of": "b"})
+    tip = await branch.commit_async("on the branch")
+    await history.repo.expire_snapshots_async(infos[0].written_at)
+    other = await icechunk.Repository.open_async(recording)
+
+    async def happens() -> None:
+        if change == "create a tag":
+            await other.create_tag_async("t", infos[-1].id)
+        elif change == "delete a branch":
+            await other.delete_branch_async("b")
+        else:
+            session = await other.writable_session_async("b")
+            await zarr.api.asynchronous.create_group(store=session.store, path="h")
+            await session.commit_async("another")
+
+    meanwhile.meanwhile = happens
+    summary = await history.repo.garbage_collect_async(ago(days=1))
+    assert summary.snapshots_deleted >= 4
+    assert meanwhile.meanwhile is None
+    young = datetime.fromisoformat("2000-01-01T00:00:00+00:00")
+    # A snapshot that lost its branch stays here, since it is young; its chunks must not be moved.
+    assert bool(await read_again(recording, history, young)) == (change != "create a tag")
+    assert object_id_from_text(tip) in (await log_of(history.repo)).state.snapshots

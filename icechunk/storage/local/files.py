@@ -429,19 +429,20 @@ def _walk_folder(
         return  # a symbolic link that leads back up
     # A listing of a long log needs its first few keys only: no others are sorted, or looked at.
     heapq.heapify(names)
+    folder = os.path.join(path, "")
     while names:
         name = heapq.heappop(names)
-        if not _is_utf8(name) or (key == "" and name.rstrip("/") == RESERVED):
+        if not (name.isascii() or _is_utf8(name)) or (key == "" and name.rstrip("/") == RESERVED):
             continue
-        full, entry_path = key + name, os.path.join(path, name.rstrip("/"))
+        full = key + name
         if name.endswith("/"):
             if not (full.startswith(prefix) or prefix.startswith(full)):
                 continue
             if start_after is not None and full < start_after and not start_after.startswith(full):
                 continue
-            yield from _walk_folder(entry_path, full, prefix, start_after, above | {identity})
+            yield from _walk_folder(folder + name.rstrip("/"), full, prefix, start_after, above | {identity})
         elif full.startswith(prefix) and (start_after is None or full > start_after):
-            found = try_stat(entry_path)
+            found = try_stat(folder + name)
             if found is not None:
                 yield info_of(full, found)
 
