@@ -168,12 +168,12 @@ def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, Pa
         ``unsupported-spec-version``), or would decompress to more than a file of its type can hold (`_BOUNDS`; never
         more than 2 GiB).
     """
-    name = what or file_type.name.lower().replace("_", " ")
-    header = read_header(data, file_type, what=name)
+    name = what or _name_of(file_type)
+    spec_version = _checked_version(data, file_type, name)
     payload = _decompress(memoryview(data)[HEADER_SIZE:], file_type, name)
     if len(payload) < 8 or payload[4:8] != FILE_IDENTIFIER:
         raise FormatError(f"cannot read {name}: the payload's file identifier is not {FILE_IDENTIFIER.decode()!r}")
-    return header.spec_version, payload
+    return spec_version, payload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +189,17 @@ class FileHeader:
 
 def read_header(data: bytes, file_type: FileType, *, what: str = "") -> FileHeader:
     """Check the header and read it; parameters and errors as `unseal`, which also checks the rest of the file."""
-    name = what or file_type.name.lower().replace("_", " ")
+    spec_version = _checked_version(data, file_type, what or _name_of(file_type))
+    written_by = data[12:36].decode(errors="replace").rstrip(" \0")
+    return FileHeader(written_by=written_by, spec_version=spec_version, file_type=file_type)
+
+
+def _name_of(file_type: FileType) -> str:
+    return file_type.name.lower().replace("_", " ")
+
+
+def _checked_version(data: bytes, file_type: FileType, name: str) -> int:
+    """The spec version of a file whose header is as it must be."""
     if len(data) < HEADER_SIZE or data[:12] != MAGIC:
         raise FormatError(f"cannot read {name}: not an Icechunk file ({len(data)} bytes, no magic number)")
     spec_version, found, compression = data[36], data[37], data[38]
@@ -203,8 +213,7 @@ def read_header(data: bytes, file_type: FileType, *, what: str = "") -> FileHead
         )
     if compression != COMPRESSION_ZSTD:
         raise FormatError(f"cannot read {name}: unknown compression {compression}")
-    written_by = data[12:36].decode(errors="replace").rstrip(" \0")
-    return FileHeader(written_by=written_by, spec_version=spec_version, file_type=FileType(found))
+    return spec_version
 
 
 def _limit(file_type: FileType, size: int) -> int:

@@ -292,10 +292,10 @@ def _note_of_each(found: Walked, ids: Sequence[ObjectId], uses: SnapshotUses) ->
     owned = np.empty(len(uses.ref_snapshots) + len(uses.file_snapshots), [("snapshot", ">u4"), ("manifest", "S12")])
     owned["snapshot"] = np.concatenate([uses.ref_snapshots, uses.file_snapshots])
     owned["manifest"] = np.concatenate([uses.ref_manifests, uses.files["id"]])
-    # Those of one id are one object: thousands of snapshots may use the same manifests.
-    shared = {id: use.file.object_id for id, use in found.manifests.items()}
+    known = found.manifests
     for number, pairs_of in groupby(distinct_rows(owned, ">I12s"), itemgetter(0)):
-        found.snapshots[ids[number]] = tuple([shared[manifest] for _, manifest in pairs_of])
+        # Ids that are equal are one object: thousands of snapshots may use the same manifests.
+        found.snapshots[ids[number]] = tuple([known[manifest].file.object_id for _, manifest in pairs_of])
 
 
 def distinct_rows(rows: npt.NDArray[np.void], layout: str) -> Iterator[tuple[Any, ...]]:

@@ -48,6 +48,8 @@ _WORD: Final = 8
 _WORD_BITS: Final = 3
 _FIELD_OFFSETS: Final = 4
 """Position of the field offsets in a vtable, after its own size and the table's; bytes."""
+_USUAL_VTABLE: Final = 64
+"""Bytes of a vtable; copies of larger ones could fill the memory."""
 _FEW_VTABLES: Final = 64
 _VTABLES_SHARE: Final = 16
 """Number of vtables, or share of the tables as its reciprocal, up to which vtables are compared one by one."""
@@ -247,10 +249,15 @@ class TableColumns:
             return None
         places = sorted(set(firsts.tolist()))
         found = buffer.vtable(places[0])
-        if any(buffer.vtable(place) != found for place in places[1:]):
+        size = 2 * len(found) + 2
+        if size > _USUAL_VTABLE or places[-1] > buffer.size - size:
+            # The last one is shorter, or not within the buffer.
             return None
         self._common_at = np.array(places, np.int64)
-        buffer.require_same_file(self._common_at, self._common_at + (2 * len(found) + 1))
+        octets = gather(buffer, self._common_at, f"V{size}").tobytes()
+        if octets != octets[:size] * len(places):
+            return None
+        buffer.require_same_file(self._common_at, self._common_at + (size - 1))
         return found
 
     def __len__(self) -> int:

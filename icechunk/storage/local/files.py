@@ -347,11 +347,15 @@ def _release(descriptor: int) -> None:
 
 RESERVED: Final = ".aioicechunk"
 """First segment that keys may not have: the folder of unfinished files and the lock."""
+_LONGEST_NAME: Final = 255
+"""Bytes of the name of a file."""
 
 
 def path_of(root: str, key: str) -> str:
     """The path of a key's file. Raises `InvalidInputError` (``invalid-key``) where a file system has no such name."""
     check_key(key)
+    if os.name == "posix" and len(key) <= _LONGEST_NAME and key.isascii() and not key.startswith(RESERVED):
+        return os.path.join(root, key)
     segments = key.split("/")
     if segments[0] == RESERVED:
         raise InvalidInputError(
@@ -360,9 +364,9 @@ def path_of(root: str, key: str) -> str:
     if os.name == "nt":
         check_windows_names(key, segments)
     for segment in segments:
-        if len(segment) > 63 and len(segment.encode()) > 255:
+        if len(segment.encode()) > _LONGEST_NAME:
             raise InvalidInputError(
-                f"bad storage key {key!r}: a file name has at most 255 bytes", ErrorKind.INVALID_KEY
+                f"bad storage key {key!r}: a file name has at most {_LONGEST_NAME} bytes", ErrorKind.INVALID_KEY
             )
     return os.path.join(root, *segments)
 

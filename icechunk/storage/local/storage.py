@@ -750,34 +750,32 @@ class LocalStorage(Storage):
         return locked(self._lock_path, group_mode=self._folders.group_mode)
 
     def _delete(self, keys: list[str]) -> tuple[int, list[tuple[str, str]]]:
+        paths = [(key, self._path(key)) for key in keys]
+        found = next((key for key, path in paths if os.path.lexists(path)), None)
+        if found is None:
+            return len(keys), []
         deleted = 0
         failures: list[tuple[str, str]] = []
         folders: set[str] = set()
-        existing: list[tuple[str, str]] = []
-        for key in keys:
-            path = self._path(key)
-            if os.path.isfile(path) or os.path.islink(path):
-                existing.append((key, path))
-            else:
-                deleted += 1
-        if existing:
-            with self._translated("delete", existing[0][0]):
-                # The lock keeps a `Matches` from bringing back an object that it compared before the lock was held.
-                with self._locked():
-                    for key, path in existing:
-                        try:
-                            self._folders.check(os.path.dirname(path))
-                            os.unlink(path)
-                        except FileNotFoundError:
-                            pass
-                        except OSError as error:
+        with self._translated("delete", found):
+            # The lock keeps a `Matches` from bringing back an object that it compared before the lock was held.
+            with self._locked():
+                for key, path in paths:
+                    folder = os.path.dirname(path)
+                    try:
+                        if folder not in folders:
+                            self._folders.check(folder)
+                        os.unlink(path)
+                        folders.add(folder)
+                    except OSError as error:
+                        # A folder is no object.
+                        if os.path.isfile(path) or os.path.islink(path):
                             failures.append((key, error.strerror or str(error)))
                             continue
-                        deleted += 1
-                        folders.add(os.path.dirname(path))
-                for folder in folders:
-                    with contextlib.suppress(FileNotFoundError):
-                        self._folders.sync(folder)
+                    deleted += 1
+            for folder in folders:
+                with contextlib.suppress(FileNotFoundError):
+                    self._folders.sync(folder)
         return deleted, failures
 
     def _copy(self, source: str, target: str) -> PutResult:
