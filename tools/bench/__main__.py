@@ -67,7 +67,6 @@ FLOORS = {
     ("local-commits", "1 000 tiny commits"): 1.0,
     ("import", "import"): 1.0,
     ("import", "import and open"): 1.0,
-    ("import", "import, open and store"): 1.0,
     ("append", "a step a commit"): 5.0,
     # Of large steps the writes alone ("1 000 steps, writes") take 1/30 to 1/130 of official's time, which waits for
     # no disk; copying and compressing them takes twice as long again.

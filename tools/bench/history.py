@@ -111,20 +111,32 @@ def _many_references(folder: str) -> dict[str, float]:
     return seconds
 
 
-def sync_files(folder: str, count: int) -> None:
+def sync_files(folder: str, count: int, unsynced: int = 0) -> None:
     """Write so many small files, one after the other: each is synced and named, and then its folder is synced.
 
     The same without any library: a writer that keeps each change through a power failure hardly takes less time.
+
+    Parameters
+    ----------
+    unsynced
+        Files that are written after each of them without a sync; the last one in place of the one before.
     """
     directory = os.open(folder, os.O_RDONLY)
     for number in range(count):
-        file = os.open(f"{folder}/{number} unfinished", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        os.write(file, bytes(3000))
-        os.fsync(file)
-        os.close(file)
-        os.rename(f"{folder}/{number} unfinished", f"{folder}/{number}")
+        _write_file(f"{folder}/{number}", sync=True)
         os.fsync(directory)
+        for other in range(unsynced):
+            _write_file(f"{folder}/" + ("replaced" if other == unsynced - 1 else f"{number} {other}"), sync=False)
     os.close(directory)
+
+
+def _write_file(path: str, *, sync: bool) -> None:
+    file = os.open(f"{path} unfinished", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    os.write(file, bytes(3000))
+    if sync:
+        os.fsync(file)
+    os.close(file)
+    os.rename(f"{path} unfinished", path)
 
 
 @contextmanager
