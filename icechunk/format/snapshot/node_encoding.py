@@ -419,15 +419,16 @@ def write_nodes(
     """
     if not nodes and copied is None:
         return writer.items(b"", 0, 4)
-    nodes_of = _Nodes(writer, shapes_v1 is None)
-    start, at = _start(writer, len(nodes) + (0 if copied is None else len(copied.tables)))
-    copied_at = 0
+    start, _ = _start(writer, len(nodes) + (0 if copied is None else len(copied.tables)))
+    writer.align(_WIDEST)
+    copied_at = len(writer.out)
     if copied is not None:
-        writer.align(_WIDEST)
-        copied_at = len(writer.out)
         writer.out += copied.data
-        writer.align(_WIDEST, 4)
-        at = len(writer.out)
+    # After the vector: the bytes from the first vtable to the last node are copied into the next file, which has
+    # another vector.
+    nodes_of = _Nodes(writer, shapes_v1 is None)
+    writer.align(_WIDEST, 4)
+    at = len(writer.out)
     paths = _encoded(nodes)
     pieces: list[bytes | memoryview] = []
     places = np.full(len(nodes), -1, np.int64)

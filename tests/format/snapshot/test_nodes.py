@@ -168,6 +168,20 @@ def test_bytes_of_nodes_that_were_replaced_do_not_pile_up() -> None:
     assert decode_snapshot(data).nodes == found
 
 
+def test_a_commit_of_one_node_makes_a_file_larger_by_little_more_than_that_node() -> None:
+    found = tree(400)
+    with lazily(most_changed=32):
+        data = encode_snapshot(snapshot_of(found))
+        at_first = len(unseal(data, FileType.SNAPSHOT)[1])
+        for n in range(1, 9):
+            now = decode_snapshot(data)
+            assert isinstance(now.nodes, SnapshotNodes)
+            found["/g1/a11"] = replace(found["/g1/a11"], user_data=b"%03d" % n)
+            data = encode_snapshot(now.with_nodes(now.nodes.changed({"/g1/a11": found["/g1/a11"]})))
+            assert len(unseal(data, FileType.SNAPSHOT)[1]) < at_first + 400 * n
+    assert decode_snapshot(data).nodes == found
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([b"", b"{}", b"{ }", DOCUMENT]), min_size=1, max_size=80), st.sampled_from((1, 2)))
 def test_equal_documents_are_written_once_for_every_eight_nodes(documents: list[bytes], version: int) -> None:
