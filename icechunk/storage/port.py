@@ -460,10 +460,11 @@ class Storage(Constructors["Storage"], ABC):
         """Whether parts of one object that are read at the same time can come sooner than the whole."""
         return True
 
-    def get_at_once(self, key: str) -> GetResult | None:
+    def get_at_once(self, key: str, *, unsynced: bool = False) -> GetResult | None:
         """As `get` of a whole small object, if its bytes can be had without any wait, also for a medium.
 
-        None if they cannot: `get` reads it, or raises the reason.
+        None if they cannot: `get` reads it, or raises the reason. With ``unsynced``, also an object that a power
+        failure may replace by the one before it: for callers that show nothing of it that is not durable elsewhere.
         """
         return None
 

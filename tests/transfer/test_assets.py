@@ -198,7 +198,7 @@ class _AtOnce(MemoryStorage):
         super().__init__()
         self.requests = 0
 
-    def get_at_once(self, key: str) -> GetResult | None:
+    def get_at_once(self, key: str, *, unsynced: bool = False) -> GetResult | None:
         found = self._objects.get(key)
         if found is None:
             return None

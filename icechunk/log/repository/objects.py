@@ -5,6 +5,7 @@ A repository of any layout may have been, or may become, one of another, so its 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -51,6 +52,7 @@ __all__ = [
     "nonce_in_slot",
     "put_once",
     "read_repo",
+    "read_repo_or_checkpoint",
     "read_slot",
     "ref_files_there",
     "updates_per_file_of",
@@ -125,7 +127,7 @@ async def read_repo(storage: Storage, sources: Sources) -> RepoObject | None:
     except ObjectNotFoundError:
         return None
     try:
-        info = decode_repo(answer.data)
+        return _repo_of(answer, before)
     except FormatError as error:
         copied = await _read_copy(storage) if storage.defers_syncs else None
         if copied is None:
@@ -135,8 +137,30 @@ async def read_repo(storage: Storage, sources: Sources) -> RepoObject | None:
         info, copy = copied
         known = replace(known_of(info, answer.version, len(copy)), copy=copy)
         return RepoObject(info=info, known=known, asked=before._replace(date_us=answer.date_us))
-    asked = before._replace(date_us=answer.date_us)
-    return RepoObject(info=info, known=known_of(info, answer.version, len(answer.data)), asked=asked)
+
+
+async def read_repo_or_checkpoint(storage: Storage, sources: Sources) -> RepoObject | None:
+    """As `read_repo`, but on local disk without waiting for the disk where ``repo`` is a checkpoint of a log that
+    was replaced without waiting.
+
+    All that such a checkpoint says is in durable slots, and the one with its ``durable`` was made durable before it
+    was replaced (rule 12 of ``spec/repository-log.md``).
+    """
+    before = instant(sources)
+    answer = storage.get_at_once(REPO_KEY, unsynced=True)
+    if answer is not None:
+        with suppress(FormatError):
+            found = _repo_of(answer, before)
+            marker = found.known.marker if found.known.read_only else None
+            if marker is not None and marker.durable is not None and marker.durable < marker.n:
+                return found
+    return await read_repo(storage, sources)
+
+
+def _repo_of(answer: GetResult, before: Instant) -> RepoObject:
+    info = decode_repo(answer.data)
+    known = known_of(info, answer.version, len(answer.data))
+    return RepoObject(info=info, known=known, asked=before._replace(date_us=answer.date_us))
 
 
 async def _read_copy(storage: Storage) -> tuple[RepoInfo, bytes] | None:

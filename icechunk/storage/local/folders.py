@@ -323,11 +323,13 @@ class Folders:
             if len(self._durable_versions) > _MANY_FILES:
                 del self._durable_versions[next(iter(self._durable_versions))]
 
-    def is_settled(self, path: str, status: os.stat_result) -> bool:
-        """Whether `settle` has nothing to do for a file, and no error to raise."""
+    def is_settled(self, path: str, status: os.stat_result, *, unsynced: bool = False) -> bool:
+        """Whether `settle` has no error to raise for a file and, unless it may be ``unsynced``, nothing to do."""
         folder = os.path.dirname(path)
         if not self._is_certain(path, status):
             return False
+        if unsynced:
+            return True
         if time.time_ns() - status.st_ctime_ns > _SETTLED_AFTER_NS or self._is_durable(path, status):
             return True
         # The change time is that of the link or rename, by the kernel's coarse clock.

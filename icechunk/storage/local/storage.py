@@ -173,9 +173,9 @@ class LocalStorage(Storage):
         found = self._get_cached(key, byte_range)
         return await self._in_thread(self._get, key, byte_range) if found is None else found
 
-    def get_at_once(self, key: str) -> GetResult | None:
+    def get_at_once(self, key: str, *, unsynced: bool = False) -> GetResult | None:
         try:
-            return self._get_cached(key, None)
+            return self._get_cached(key, None, unsynced=unsynced)
         except (StorageError, InvalidInputError):
             return None
 
@@ -379,7 +379,7 @@ class LocalStorage(Storage):
         except OSError:
             return False
 
-    def _get_cached(self, key: str, byte_range: ByteRange) -> GetResult | None:
+    def _get_cached(self, key: str, byte_range: ByteRange, *, unsynced: bool = False) -> GetResult | None:
         """As `_get`, in less time than a thread takes to begin; None: that may take longer, or `_get` raises an error.
 
         Raises
@@ -397,7 +397,7 @@ class LocalStorage(Storage):
         except OSError:
             return None
         try:
-            if not self._is_settled(key, path, status):
+            if not self._is_settled(key, path, status, unsynced=unsynced):
                 return None
             start, stop = resolve_range(byte_range, status.st_size, key)
             data = read_cached(descriptor, start, stop - start)
@@ -468,9 +468,9 @@ class LocalStorage(Storage):
             date_us=self._sources.wall_us(),
         )
 
-    def _is_settled(self, key: str, path: str, status: os.stat_result) -> bool:
-        """Whether `_seen` has no folder to sync for a file; if so, does what that does."""
-        if not key.startswith(_REFERRED_TO) and not self._folders.is_settled(path, status):
+    def _is_settled(self, key: str, path: str, status: os.stat_result, *, unsynced: bool) -> bool:
+        """Whether `_seen` has no folder to sync for a file, or need not; if so, does what else that does."""
+        if not key.startswith(_REFERRED_TO) and not self._folders.is_settled(path, status, unsynced=unsynced):
             return False
         self._folders.use(os.path.dirname(path))
         return True

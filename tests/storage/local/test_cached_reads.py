@@ -141,6 +141,9 @@ async def test_a_young_file_of_another_writer_is_settled_by_a_thread(
     monkeypatch.setattr(folders, "_settled_ns", {})
     reader = LocalStorage(tmp_path)
     assert reader.get_at_once("repo") is None
+    unsynced = reader.get_at_once("repo", unsynced=True)
+    assert unsynced is not None
+    assert unsynced.body == b"new"
     assert not synced
     assert (await reader.get("repo")).body == b"new"
     assert synced == [str(tmp_path)]
@@ -155,6 +158,7 @@ async def test_a_file_whose_name_is_in_doubt_is_not_returned_at_once(storage: Lo
     storage._folders._durable_versions.clear()
     storage._folders._doubt(storage._root)
     assert storage.get_at_once("repo") is None
+    assert storage.get_at_once("repo", unsynced=True) is None
 
 
 async def test_a_few_objects_come_together_without_a_thread(storage: LocalStorage, threads: list[Any]) -> None:

@@ -23,6 +23,7 @@ from icechunk.log.repository.objects import (
     entry_of,
     get_slot,
     read_repo,
+    read_repo_or_checkpoint,
     ref_files_there,
 )
 from icechunk.log.repository.state import RepoState, try_apply_all
@@ -269,7 +270,7 @@ async def open_head(storage: Storage, sources: Sources) -> Opened | RepoObject:
         if storage.lists_first_keys_fast:
             repo, listing = await run_pair(partial(read_repo, storage, sources), partial(_list_newest, storage))
         else:
-            repo, listing = await read_repo(storage, sources), None
+            repo, listing = await read_repo_or_checkpoint(storage, sources), None
         if repo is None:
             raise await _not_found(storage)
         marker = repo.known.marker

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from icechunk.format.ids import encode_id
-from icechunk.format.repo.codec import decode_repo
+from icechunk.format.repo.codec import decode_repo, encode_repo
+from icechunk.format.repo.repo_info import Status
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.layout import LogLayout
 from icechunk.log.repository.events import MetadataReplaced
 from icechunk.log.repository.marker import Marker, decode_marker
 from icechunk.log.repository.open import open_repository
+from icechunk.log.repository.port import RepositoryLog
 from icechunk.runtime.clock import SYSTEM
+from icechunk.storage.local import folders
 from icechunk.storage.local.storage import LocalStorage
 from tests.log.repository.strategies import an_id
 from tools.simulator.writers import commit_proposal
@@ -145,3 +149,45 @@ async def test_a_durable_checkpoint_of_another_client_is_not_replaced_by_one_of_
     assert client.slot == 2
     assert client.marker.durable_n == 1
     await other.aclose()
+
+
+async def opened_elsewhere(root: Path) -> tuple[RepositoryLog, list[str]]:
+    """The log as another process opens it, and the folders that this syncs."""
+    synced: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders, "fsync_folder", synced.append)
+        # private: what this process has synced is not known to another one
+        patch.setattr(folders, "_settled_ns", {})
+        return await open_repository(LocalStorage(root), SYSTEM), synced
+
+
+async def test_an_opening_waits_for_no_disk_where_repo_was_replaced_without_waiting(client: Client) -> None:
+    for number in (1, 2):
+        before = (client.root / "repo").read_bytes()
+        await client.commit(number)
+        opened, synced = await opened_elsewhere(client.root)
+        assert synced == []
+        # As a power failure may leave it.
+        (client.root / "repo").write_bytes(before)
+        again, _ = await opened_elsewhere(client.root)
+        assert again.state == opened.state == client.log.state
+        await opened.aclose()
+        await again.aclose()
+
+
+@pytest.mark.parametrize("change", ["created", "durable", "online"])
+async def test_an_opening_syncs_the_folder_of_a_young_repo_that_says_what_no_slot_does(
+    client: Client, change: str
+) -> None:
+    if change != "created":
+        await client.commit(1)
+    if change == "durable":
+        await client.log.checkpoint()
+    if change == "online":
+        # The official library lifts the status that protects the log.
+        info = decode_repo((client.root / "repo").read_bytes())
+        online = Status(set_at_us=info.status.set_at_us)
+        (client.root / "repo").write_bytes(encode_repo(replace(info, status=online)))
+    opened, synced = await opened_elsewhere(client.root)
+    assert str(client.root) in synced
+    await opened.aclose()
