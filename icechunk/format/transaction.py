@@ -47,6 +47,7 @@ from icechunk.format.flat.vectors import (
     targets,
 )
 from icechunk.format.ids import NodeId, ObjectId, encode_id
+from icechunk.format.node_tables import write_node_tables
 from icechunk.format.values import Move, NodeKind, TransactionLog
 
 __all__ = [
@@ -74,7 +75,6 @@ _MANY: Final = 4096
 """Number of changed chunks of one array from which they are worth reading by their regular places."""
 _ID_SIZE: Final = 12
 _NODE_ID_SIZE: Final = 8
-_UPDATED: Final = np.dtype([("vtable", "<i4"), ("chunks", "<u4"), ("node", "V8")])
 
 
 def encode_transaction_log(log: TransactionLog, spec_version: int = 2, level: int = DEFAULT_LEVEL) -> bytes:
@@ -164,30 +164,13 @@ def _sorted_unique(part: Part[Coords]) -> Part[Coords]:
 
 
 def _write_updated(writer: FlatWriter, chunks: ByNode[Coords]) -> int:
-    """Write the vector of arrays with updated chunks and all below it; returns its position.
+    """Write the vector of arrays with updated chunks and all below it; returns its position."""
 
-    Arrays of one rank are written together, so that a thousand small ones cost as much as a large one.
-    """
-    if not chunks:
-        return writer.items(b"", 0, 4)
-    vtable = writer.vtable({0: 8, 1: 4}, _UPDATED.itemsize)
-    writer.align(4)
-    out, start, count = writer.out, len(writer.out), len(chunks)
-    fields = start + 4 + 4 * np.arange(count, dtype=np.int64)
-    tables = start + 4 + 4 * count + _UPDATED.itemsize * np.arange(count, dtype=np.int64)
-    out += count.to_bytes(4, "little") + bytes((4 + _UPDATED.itemsize) * count)
-    vectors = np.zeros(count, np.int64)
-    ids = np.zeros(count, "V8")
-    for part, ranks in zip(chunks.parts, chunks.ranks(), strict=True):
+    def write_rows(part: Part[Coords]) -> Positions:
         ordered = _sorted_unique(part)
-        vectors[ranks] = _write_chunk_indices(writer, ordered.rows, np.diff(ordered.edges))
-        ids[ranks] = np.frombuffer(b"".join(part.nodes), "V8")
-    np.frombuffer(out, "<u4", count, start + 4)[:] = tables - fields
-    blocks = np.frombuffer(out, _UPDATED, count, int(tables[0]))
-    blocks["vtable"] = tables - vtable
-    blocks["chunks"] = vectors - (tables + 4)
-    blocks["node"] = ids
-    return start
+        return _write_chunk_indices(writer, ordered.rows, np.diff(ordered.edges))
+
+    return write_node_tables(writer, chunks, write_rows) if chunks else writer.items(b"", 0, 4)
 
 
 def _write_chunk_indices(writer: FlatWriter, rows: Coords, sizes: Positions) -> Positions:

@@ -474,7 +474,7 @@ class FlatWriter:
 
     def vtable(self, offsets: Mapping[int, int], table_size: int) -> int:
         """Position of the vtable of tables of that size whose slots are at those offsets; a new vtable is written."""
-        return self._vtable(_vtable_bytes(offsets, table_size))
+        return self._vtable(_vtable_bytes(tuple(offsets.items()), table_size))
 
     def _vtable(self, data: bytes) -> int:
         found = self._vtables.get(data)
@@ -569,9 +569,12 @@ def _layout(fields: tuple[tuple[int, int, int], ...]) -> _Layout:
         offsets[slot] = end
         arranged.append((i, end, bytes(missing)))
         end += size
-    return _Layout(tuple(arranged), wide, _vtable_bytes(offsets, end))
+    return _Layout(tuple(arranged), wide, _vtable_bytes(tuple(offsets.items()), end))
 
 
-def _vtable_bytes(offsets: Mapping[int, int], table_size: int) -> bytes:
-    slots = max(offsets, default=-1) + 1
-    return struct.pack(f"<{slots + 2}H", 4 + 2 * slots, table_size, *[offsets.get(i, 0) for i in range(slots)])
+@lru_cache(maxsize=1024)
+def _vtable_bytes(offsets: tuple[tuple[int, int], ...], table_size: int) -> bytes:
+    """The vtable of tables of that size with these slots, each with its offset."""
+    at = dict(offsets)
+    slots = max(at, default=-1) + 1
+    return struct.pack(f"<{slots + 2}H", 4 + 2 * slots, table_size, *[at.get(i, 0) for i in range(slots)])

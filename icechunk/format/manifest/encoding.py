@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, InvalidInputError
-from icechunk.format.by_node import ByNode, Part, owners
+from icechunk.format.by_node import Part, owners
 from icechunk.format.envelope import DEFAULT_LEVEL, FileType, seal
 from icechunk.format.flat.flatbuffers import (
     MAX_BYTES,
@@ -36,6 +36,7 @@ from icechunk.format.ids import encode_id
 from icechunk.format.manifest import tables as at_slot
 from icechunk.format.manifest.location_compression import LocationCompression, LocationDictionary, trained
 from icechunk.format.manifest.refs_by_node import grouped_refs, unmixed
+from icechunk.format.node_tables import write_node_tables
 from icechunk.format.values import ETAG, INLINE, LAST_MODIFIED, NATIVE, NO_CHECKSUM, VIRTUAL, ChunkRefs, Manifest
 
 __all__ = ["encode_manifest", "fill_inline", "frames", "inline_places", "max_refs", "strings"]
@@ -147,10 +148,15 @@ def encode_manifest(
     dictionary = None
     if locations is not None and spec_version == 2:
         dictionary = trained([part.rows for part in columns.parts], locations)
-    arrays = Written(lambda writer: _write_arrays(writer, columns, dictionary))
+
+    def write_arrays(writer: FlatWriter) -> int:
+        return write_node_tables(
+            writer, columns, lambda part: _write_refs(writer, _in_order(part), np.diff(part.edges), dictionary)
+        )
+
     root: dict[int, Value] = {
         at_slot.ID: id_struct(manifest.id),
-        at_slot.ARRAYS: arrays,
+        at_slot.ARRAYS: Written(write_arrays),
         at_slot.COMPRESSION: u8(at_slot.PLAIN if dictionary is None else at_slot.WITH_DICTIONARY),
     }
     if dictionary is not None:
@@ -163,36 +169,6 @@ def max_refs(ndim: int) -> int:
     limit of bytes earlier."""
     smallest = _layout((at_slot.LOCATION, at_slot.LENGTH), ndim).block.itemsize + 4
     return min(MAX_TABLES, MAX_BYTES // smallest)
-
-
-_ARRAY_TABLE: Final = np.dtype([("vtable", "<i4"), ("refs", "<u4"), ("node", "V8")])
-
-
-def _write_arrays(writer: FlatWriter, arrays: ByNode[ChunkRefs], dictionary: LocationDictionary | None) -> int:
-    """Write the vector of arrays and all below it; returns its position.
-
-    Arrays of one rank are written together, so that a thousand small ones cost as much as a large one.
-    """
-    vtable = writer.vtable({at_slot.NODE: 8, at_slot.REFS: 4}, _ARRAY_TABLE.itemsize)
-    writer.align(4)
-    out = writer.out
-    start = len(out)
-    count = len(arrays)
-    fields = start + 4 + 4 * np.arange(count, dtype=np.int64)
-    tables = start + 4 + 4 * count + _ARRAY_TABLE.itemsize * np.arange(count, dtype=np.int64)
-    out += _U32.pack(count) + bytes((4 + _ARRAY_TABLE.itemsize) * count)
-    vectors = np.zeros(count, np.int64)
-    ids = np.zeros(count, "V8")
-    for part, ranks in zip(arrays.parts, arrays.ranks(), strict=True):
-        vectors[ranks] = _write_refs(writer, _in_order(part), np.diff(part.edges), dictionary)
-        ids[ranks] = np.frombuffer(b"".join(part.nodes), "V8")
-    if count:
-        np.frombuffer(out, "<u4", count, start + 4)[:] = tables - fields
-        blocks = np.frombuffer(out, _ARRAY_TABLE, count, int(tables[0]))
-        blocks["vtable"] = tables - vtable
-        blocks["refs"] = vectors - (tables + 4)
-        blocks["node"] = ids
-    return start
 
 
 def _in_order(part: Part[ChunkRefs]) -> ChunkRefs:
@@ -300,7 +276,7 @@ def _write_refs(
 ) -> Positions:
     """Write a vector of references for each array, given the rows of all arrays and the number of rows of each; returns
     the positions of the vectors."""
-    if len(refs) <= _FEW and bool((refs.kind == NATIVE).all()):
+    if len(refs) <= _FEW and _WITHOUT_LOCATION.issuperset(refs.kind.tolist()):
         return _write_few(writer, refs, sizes.tolist())
     groups = _groups(refs, at_slot.LOCATION if dictionary is None else at_slot.COMPRESSED)
     layouts = [_layout(group.slots, refs.ndim) for group in groups]
@@ -325,12 +301,7 @@ def _write_refs(
     etags, etag_at = strings(refs.etags, _etag_rows(refs), end + len(locations))
     inline_start = end + len(locations) + len(etags)
     inline_at, inline_end = inline_places(refs, inline_start)
-    if inline_end > MAX_BYTES or len(refs) > MAX_TABLES:
-        raise InvalidInputError(
-            f"cannot encode a manifest of {len(refs)} references in {inline_end} bytes: no reader accepts more than "
-            f"{MAX_TABLES}, or {MAX_BYTES} bytes; split the array's manifests (ManifestConfig.splitting)",
-            ErrorKind.SERIALIZATION,
-        )
+    _require_room(len(refs), inline_end)
     out += bytes(inline_end - start)
     index = np.frombuffer(out, "<u4", words, start)
     index[(vectors - start) >> 2] = sizes
@@ -353,39 +324,76 @@ def _write_refs(
     return vectors
 
 
+def _require_room(count: int, end: int) -> None:
+    """Refuse references that no reader accepts: too many, or up to a position that is too large."""
+    if end > MAX_BYTES or count > MAX_TABLES:
+        raise InvalidInputError(
+            f"cannot encode a manifest of {count} references in {end} bytes: no reader accepts more than "
+            f"{MAX_TABLES}, or {MAX_BYTES} bytes; split the array's manifests (ManifestConfig.splitting)",
+            ErrorKind.SERIALIZATION,
+        )
+
+
+_WITHOUT_LOCATION: Final = frozenset((INLINE, NATIVE))
 _FEW: Final = 64
-"""Number of native references up to which they are written one by one."""
+"""Number of native and inline references up to which they are written one by one."""
 
 
 def _write_few(writer: FlatWriter, refs: ChunkRefs, sizes: Sequence[int]) -> Positions:
-    """As `_write_refs`, row by row, native references: for few of them the calls of numpy take the most time."""
+    """As `_write_refs`, row by row, references without locations: for few of them the calls of numpy take the most
+    time."""
     out, ndim = writer.out, refs.ndim
     rows = list(
-        zip(refs.offset.tolist(), refs.length.tolist(), refs.chunk_id.tolist(), refs.coords.tolist(), strict=True)
+        zip(
+            refs.kind.tolist(),
+            refs.offset.tolist(),
+            refs.length.tolist(),
+            refs.chunk_id.tolist(),
+            refs.coords.tolist(),
+            strict=True,
+        )
     )
-    groups: dict[tuple[bool, bool], list[int]] = {}
-    for i, (offset, length, _, _) in enumerate(rows):
-        groups.setdefault((offset != 0, length != 0), []).append(i)
+    groups: dict[tuple[int, bool, bool], list[int]] = {}
+    for i, (kind, offset, length, _, _) in enumerate(rows):
+        is_native = kind == NATIVE
+        groups.setdefault((kind, is_native and offset != 0, is_native and length != 0), []).append(i)
     layouts = []
-    for fields in sorted(groups):
+    for group in sorted(groups):
+        kind, *fields = group
         slots = (at_slot.CHUNK_ID, *compress((at_slot.OFFSET, at_slot.LENGTH), fields))
-        layout = _layout(slots, ndim)
-        layouts.append((fields, layout, writer.vtable(layout.vtable, layout.vector)))
+        layout = _layout((at_slot.INLINE,) if kind == INLINE else slots, ndim)
+        layouts.append((kind, fields, groups[group], layout, writer.vtable(layout.vtable, layout.vector)))
     writer.align(4)
     start = len(out)
     end = start + 4 * (len(rows) + len(sizes))
+    for *_, members, layout, _ in layouts:
+        end += -end % 8 + layout.block.itemsize * len(members)
+    # The bytes of inline chunks follow all tables, in the order of the rows.
+    vectors_of_bytes = dict[int, int]()
+    inline: list[bytes] = []
+    for i, (kind, offset, length, _, _) in enumerate(rows):
+        if kind == INLINE:
+            vectors_of_bytes[i] = end
+            inline += (_U32.pack(length), refs.inline_data[offset : offset + length], bytes(-length % 4))
+            end += 4 + length + -length % 4
+    _require_room(len(rows), end)
     tables = [0] * len(rows)
     blocks: list[bytes] = []
-    for fields, layout, vtable in layouts:
-        blocks.append(bytes(-end % 8))
-        end += -end % 8
-        packer = _native_packer(sum(fields), ndim)
+    at = start + 4 * (len(rows) + len(sizes))
+    for kind, fields, members, layout, vtable in layouts:
+        blocks.append(bytes(-at % 8))
+        at += -at % 8
+        packer = _inline_packer(ndim) if kind == INLINE else _native_packer(sum(fields), ndim)
         index = layout.vector - layout.vtable[at_slot.INDEX]
-        for i in groups[fields]:
-            tables[i] = end
-            *numbers, chunk_id, coords = rows[i]
-            blocks.append(packer.pack(end - vtable, index, *compress(numbers, fields), chunk_id, ndim, *coords))
-            end += packer.size
+        for i in members:
+            tables[i] = at
+            _, *numbers, chunk_id, coords = rows[i]
+            if kind == INLINE:
+                field = at + layout.vtable[at_slot.INLINE]
+                blocks.append(packer.pack(at - vtable, index, vectors_of_bytes[i] - field, ndim, *coords))
+            else:
+                blocks.append(packer.pack(at - vtable, index, *compress(numbers, fields), chunk_id, ndim, *coords))
+            at += packer.size
     words: list[int] = []
     vectors: list[int] = []
     placed = iter(tables)
@@ -397,6 +405,7 @@ def _write_few(writer: FlatWriter, refs: ChunkRefs, sizes: Sequence[int]) -> Pos
         at += 4 + 4 * size
     out += struct.pack(f"<{len(words)}I", *words)
     out += b"".join(blocks)
+    out += b"".join(inline)
     return np.array(vectors, np.int64)
 
 
@@ -405,6 +414,12 @@ def _native_packer(wide: int, ndim: int) -> struct.Struct:
     """The block of a native reference with so many fields of 8 bytes, as `_layout` arranges it."""
     size = 8 + 8 * wide + 12 + 4 + 4 * ndim
     return struct.Struct(f"<iI{wide}Q12sI{ndim}I{-size % 8}x")
+
+
+@lru_cache(maxsize=64)
+def _inline_packer(ndim: int) -> struct.Struct:
+    """The block of an inline reference, as `_layout` arranges it."""
+    return struct.Struct(f"<iIII{ndim}I{4 * ndim % 8}x")
 
 
 def _field_values(

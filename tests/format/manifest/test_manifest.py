@@ -20,7 +20,7 @@ from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.manifest import decode_manifest, encode_manifest, encoding
 from icechunk.format.manifest.decoding import decode_coords, decode_manifests
 from icechunk.format.manifest.refs_by_node import of_rank
-from icechunk.format.values import INLINE, LAST_MODIFIED, NATIVE, ChunkRef, ChunkRefs, Manifest
+from icechunk.format.values import INLINE, LAST_MODIFIED, NATIVE, VIRTUAL, ChunkRef, ChunkRefs, Manifest
 from icechunk.runtime.zstd import zstd
 from tests.raising import raises
 from tools.fuzz.strategies import chunk_refs, contents, manifests, rows
@@ -55,13 +55,15 @@ def test_manifests_come_back_as_they_were(manifest: Manifest, spec_version: int)
 
 @settings(max_examples=100, deadline=None)
 @given(manifests(), st.sampled_from((1, 2)))
-def test_few_native_references_are_written_to_the_same_bytes_as_many(manifest: Manifest, spec_version: int) -> None:
-    arrays = {id: refs.take(refs.kind == NATIVE) for id, refs in manifest.arrays.items()}
-    natives = replace(manifest, arrays=arrays)
+def test_few_native_and_inline_references_are_written_to_the_same_bytes_as_many(
+    manifest: Manifest, spec_version: int
+) -> None:
+    arrays = {id: refs.take(refs.kind != VIRTUAL) for id, refs in manifest.arrays.items()}
+    few = replace(manifest, arrays=arrays)
     # private: the number from which rows are written together
     with mock.patch.object(encoding, "_FEW", -1):
-        together = encode_manifest(natives, spec_version)
-    assert encode_manifest(natives, spec_version) == together
+        together = encode_manifest(few, spec_version)
+    assert encode_manifest(few, spec_version) == together
 
 
 def read_independently(payload: bytes) -> list[tuple[Any, ...]]:

@@ -66,16 +66,15 @@ def rows_of_many(folds: Sequence[ArrayFold], ndim: int) -> Part[ChunkRefs]:
     folds
         At least one fold; none is empty.
     """
-    rows = [fold.rows for fold in folds]
-    values = list(chain.from_iterable([own.values() for own in rows]))
-    open_rows = from_values(list(chain.from_iterable(rows)), values, ndim)
-    owner = np.repeat(np.arange(len(folds), dtype=np.uint32), list(map(len, rows)))
     layers = [(i, layer.refs) for i, fold in enumerate(folds) if fold.layers for layer in fold.layers]
-    refs = open_rows
-    if layers:
-        refs = concat([*[layer for _, layer in layers], open_rows])
-        sizes = [len(layer) for _, layer in layers]
-        owner = np.concatenate([np.repeat(np.array([i for i, _ in layers], np.uint32), sizes), owner])
+    batches = [refs for _, refs in layers]
+    owners_of = [np.repeat(np.array([i for i, _ in layers], np.uint32), list(map(len, batches)))] if layers else []
+    rows = [fold.rows for fold in folds]
+    if any(rows):
+        values = list(chain.from_iterable([own.values() for own in rows]))
+        batches.append(from_values(list(chain.from_iterable(rows)), values, ndim))
+        owners_of.append(np.repeat(np.arange(len(folds), dtype=np.uint32), list(map(len, rows))))
+    refs, owner = concat(batches), owners_of[0] if len(owners_of) == 1 else np.concatenate(owners_of)
     refs, owner = sorted_by_owner(refs, owner)
     return Part(tuple([fold.node_id for fold in folds]), edges_of_owners(owner, len(folds)), refs)
 
