@@ -46,13 +46,13 @@ __all__ = [
     "Files",
     "ManyRefs",
     "RowSet",
+    "Unseen",
     "Use",
     "Walked",
     "distinct_rows",
     "living_rows",
     "read_all_manifests",
     "read_manifests",
-    "thinned",
     "walk",
 ]
 
@@ -229,6 +229,7 @@ async def walk(
         The manifests that are new, and those that new arrays use, each with its new arrays only.
     """
     fresh: dict[ObjectId, Use] = {}
+    pairs = Unseen(_PAIR.itemsize)
     next_ones = sorted(set(start) - found.snapshots.keys())
 
     async def read(ids: Sequence[ObjectId]) -> None:
@@ -238,7 +239,7 @@ async def walk(
         for which, uses in await files.decoded_all(keys, data, decode):
             if follow_parents:
                 found.parents.update(zip(ids[which], uses.parents, strict=True))
-            _note(found, fresh, uses)
+            _note(found, fresh, uses, pairs)
             if of_each_snapshot:
                 _note_of_each(found, ids[which], uses)
 
@@ -256,14 +257,18 @@ def _uses(ids: Sequence[ObjectId], which: slice, data: Sequence[bytes]) -> Snaps
     return manifest_uses(list(zip(ids[which], data, strict=True)))
 
 
-def _note(found: Walked, fresh: dict[ObjectId, Use], uses: SnapshotUses) -> None:
-    """Add the manifests and chunks that some snapshots use."""
+_PAIR: Final = np.dtype([("manifest", "S12"), ("node", "S8")])
+
+
+def _note(found: Walked, fresh: dict[ObjectId, Use], uses: SnapshotUses, seen: Unseen) -> None:
+    """Add the manifests and chunks that some snapshots use; ``seen`` has the pairs of manifest and array so far."""
     for id, size, count in distinct_rows(uses.files, "<12sQI"):
         if id not in found.manifests:
             found.manifests[id] = Use(file=ManifestFile(id, size, count))
             fresh[id] = Use(file=found.manifests[id].file)
-    pairs = np.empty(len(uses.ref_manifests), [("manifest", "S12"), ("node", "S8")])
+    pairs = np.empty(len(uses.ref_manifests), _PAIR)
     pairs["manifest"], pairs["node"] = uses.ref_manifests, uses.ref_nodes
+    pairs = seen.add(_plain(pairs))
     for manifest, nodes in _by_manifest(_distinct(pairs)):
         known = found.manifests.get(manifest)
         if known is None:
@@ -307,10 +312,14 @@ def _distinct(rows: npt.NDArray[np.void]) -> bytes:
     """The distinct rows of a structured array, ascending by their bytes."""
     if not len(rows):
         return b""
-    plain = np.ascontiguousarray(rows).view(f"V{rows.dtype.itemsize}")
+    plain = _plain(rows)
     # Snapshots in a row often share most of their references, one array after another in the manifest.
-    plain = thinned(plain[np.append(True, plain[1:] != plain[:-1])])
+    plain = Unseen(plain.itemsize).add(plain[np.append(True, plain[1:] != plain[:-1])])
     return b"".join(sorted(set(plain.tolist())))
+
+
+def _plain(rows: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    return np.ascontiguousarray(rows).view(f"V{rows.dtype.itemsize}")
 
 
 _BUCKETS_BITS: Final = 17
@@ -318,26 +327,49 @@ _MULTIPLIERS: Final = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667
 _THIN_FROM: Final = 4096
 
 
-def thinned(rows: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-    """Rows among which each of these, ``V{4k}[n]``, is at least once; of many that are equal most are left out.
+class Unseen:
+    """Rows among which each row that was added is at least once; most that are equal to an earlier one are left out.
 
-    Costs half as much as an object for each row.
+    Costs half as much as an object for each row. Once many rows have come, it has memory for 131 072 of them.
+
+    Parameters
+    ----------
+    width
+        Bytes of a row, a multiple of 4.
     """
-    if len(rows) < _THIN_FROM:
-        return rows
-    words = rows.view("<u4").reshape(len(rows), -1)
-    hashes = np.zeros(len(rows), np.uint64)
-    for i in range(words.shape[1]):
-        hashes = (hashes ^ words[:, i]) * _MULTIPLIERS[i % len(_MULTIPLIERS)]
-    buckets = (hashes >> np.uint64(64 - _BUCKETS_BITS)).astype(np.int64)
-    # Any row of each bucket stands for the bucket. Rows that differ from it are all kept.
-    one_of = np.zeros(1 << _BUCKETS_BITS, np.int64)
-    one_of[buckets] = np.arange(len(rows))
-    chosen = one_of[buckets]
-    kept = rows != rows[chosen]
-    kept[chosen] = True
-    left: npt.NDArray[np.void] = rows[kept]
-    return left
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._seen: npt.NDArray[np.void] | None = None
+        """One of the rows that were added, by bucket."""
+
+    def add(self, rows: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+        """Add rows, ``V{width}[n]``, and return those that may be new, each at least once."""
+        if self._seen is None:
+            if len(rows) < _THIN_FROM:
+                return rows
+            self._seen = np.zeros(1 << _BUCKETS_BITS, f"V{self._width}")
+            # A row of zeros belongs to the first bucket; this one does not.
+            self._seen[0] = b"\xff" * self._width
+        buckets = self._buckets(rows)
+        new = rows != self._seen[buckets]
+        rows, buckets = rows[new], buckets[new]
+        # Any row of each bucket stands for the bucket. Rows that differ from it are all kept.
+        one_of = np.empty(1 << _BUCKETS_BITS, np.int64)
+        one_of[buckets] = np.arange(len(rows))
+        chosen = one_of[buckets]
+        kept = rows != rows[chosen]
+        kept[chosen] = True
+        self._seen[buckets] = rows
+        left: npt.NDArray[np.void] = rows[kept]
+        return left
+
+    def _buckets(self, rows: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+        words = rows.view("<u4").reshape(len(rows), -1)
+        hashes = np.zeros(len(rows), np.uint64)
+        for i in range(words.shape[1]):
+            hashes = (hashes ^ words[:, i]) * _MULTIPLIERS[i % len(_MULTIPLIERS)]
+        return (hashes >> np.uint64(64 - _BUCKETS_BITS)).astype(np.int64)
 
 
 def living_rows(manifest: Manifest, nodes: Collection[NodeId]) -> Iterator[ChunkRefs]:

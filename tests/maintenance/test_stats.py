@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import numpy as np
+import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,10 +26,10 @@ from icechunk.maintenance.reachability import (
     Files,
     ManyRefs,
     RowSet,
+    Unseen,
     Use,
     distinct_rows,
     read_manifests,
-    thinned,
 )
 from icechunk.maintenance.stats import _Counter
 from icechunk.storage.memory import MemoryStorage
@@ -124,15 +126,29 @@ def test_distinct_rows_are_those_of_a_set_however_often_each_occurs(seed: int, v
     plain = rows.view("V16")
     expected = sorted(set(plain.tolist()))
     assert [id + number for id, number in distinct_rows(rows, "<12s4s")] == expected
-    assert set(thinned(plain).tolist()) == set(expected)
+    unseen = Unseen(16)
+    parts = [unseen.add(part).tolist() for part in np.array_split(plain, 3)]
+    assert set(itertools.chain.from_iterable(parts)) == set(expected)
 
 
 def test_of_many_equal_rows_few_are_left() -> None:
     rows = np.tile(np.random.default_rng(0).integers(0, 2**63, (1000, 2)), (100, 1)).view("V16").reshape(-1)
-    left = thinned(rows)
+    unseen = Unseen(16)
+    left = unseen.add(rows)
     assert set(left.tolist()) == set(rows.tolist())
     # Those whose bucket another row stands for are kept: one in 260.
     assert len(left) < 3_000
+    assert len(unseen.add(rows)) < 3_000
+    assert len(unseen.add(rows[:10])) <= 10
+
+
+@pytest.mark.parametrize("width", [4, 12, 16, 20, 24])
+@pytest.mark.parametrize("byte", [b"\0", b"\xff"])
+def test_rows_of_equal_bytes_are_seen_like_others(width: int, byte: bytes) -> None:
+    unseen = Unseen(width)
+    rows = np.array([byte * width] * 10_000, f"V{width}")
+    assert unseen.add(rows).tolist() == [byte * width]
+    assert not len(unseen.add(rows))
 
 
 async def test_a_budget_lends_no_more_than_it_has_and_everything_to_a_larger_request() -> None:

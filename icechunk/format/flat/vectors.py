@@ -196,11 +196,22 @@ class TableColumns:
         If a table or its vtable is not within the buffer.
     """
 
-    __slots__ = ("_buffer", "_common", "_common_at", "_positions", "_table_sizes", "_vtable_sizes", "_vtables")
+    __slots__ = (
+        "_buffer",
+        "_common",
+        "_common_at",
+        "_positions",
+        "_table_sizes",
+        "_vectors",
+        "_vtable_sizes",
+        "_vtables",
+    )
 
     def __init__(self, buffer: Buffer, positions: Positions) -> None:
         self._buffer = buffer
         self._positions = positions
+        self._vectors: dict[tuple[int, int], Vectors] = {}
+        """Vectors that were read, by slot and size of an item."""
         self._common: tuple[int, ...] | None = None
         """The vtable of all tables if theirs are equal, as in any files of one writer and kind; else None."""
         self._common_at: Positions = _NO_POSITIONS
@@ -350,18 +361,23 @@ class TableColumns:
         FormatError
             If the field is not within its table or a vector not within the buffer.
         """
+        known = self._vectors.get((slot, item_size))
+        if known is not None:
+            return known
         column = self.column(slot, 4)
         if column is None:
             return None
         buffer = self._buffer
-        heads = targets(buffer, column.positions)
+        heads: Positions = column.positions + gather(buffer, column.positions, "<u4")
         counts = gather(buffer, heads, "<u4").astype(np.int64)
         starts = heads + 4
         ends = starts + counts * item_size
         if extremes(ends)[1] > buffer.size:
             raise buffer.fail(f"the target of field {slot} of a table ends past its end")
-        buffer.require_same_file(heads, ends - 1)
-        return Vectors(column.rows, starts, counts)
+        # An offset is not negative, so a vector begins between the field and its own end.
+        buffer.require_same_file(column.positions, ends - 1)
+        found = self._vectors[slot, item_size] = Vectors(column.rows, starts, counts)
+        return found
 
 
 _HIGH_BITS: Final = np.uint64(0x8080808080808080)

@@ -64,6 +64,12 @@ class Extent:
         if vectors is not None:
             self.note(Spans(vectors.starts - 4, vectors.counts * item_size + 4 + after))
 
+    def note_shared(self, vectors: Vectors | None, item_size: int) -> None:
+        """Note each position once: nodes with equal documents refer to the same one."""
+        if vectors is not None:
+            starts, which = np.unique(vectors.starts, return_index=True)
+            self.note_vectors(Vectors(None, starts, vectors.counts[which]), item_size)
+
 
 class _NoExtent(Extent):
     """Stays as it is."""
@@ -75,6 +81,9 @@ class _NoExtent(Extent):
         pass
 
     def note_vectors(self, vectors: Vectors | None, item_size: int, after: int = 0) -> None:
+        pass
+
+    def note_shared(self, vectors: Vectors | None, item_size: int) -> None:
         pass
 
 
@@ -146,7 +155,7 @@ def below_nodes(
     extent = extent or _NoExtent(0)
     _note_known(nodes, _NODE_SLOTS, extent)
     extent.note_vectors(nodes.vectors(_PATH, 1), 1, 1)
-    extent.note_vectors(_distinct(nodes.vectors(_USER_DATA, 1)), 1)
+    extent.note_shared(nodes.vectors(_USER_DATA, 1), 1)
     extent.note_vectors(nodes.vectors(_EXTRA, 1), 1)
     data, at = nodes.column(_DATA, 4), np.zeros(len(nodes), np.int64)
     if data is not None:
@@ -186,14 +195,6 @@ def below_nodes(
         extent.note_vectors(boxes, _RANGE_SIZE)
         return gather(buffer, ids.positions, f"S{_ID_SIZE}"), rows[owner]
     return np.empty(0, f"S{_ID_SIZE}"), np.empty(0, np.int64)
-
-
-def _distinct(vectors: Vectors | None) -> Vectors | None:
-    """The vectors without repetitions of those at one position: nodes with equal documents refer to the same one."""
-    if vectors is None:
-        return None
-    starts, which = np.unique(vectors.starts, return_index=True)
-    return Vectors(None, starts, vectors.counts[which])
 
 
 def _note_known(tables: TableColumns, slots: int, extent: Extent) -> None:
