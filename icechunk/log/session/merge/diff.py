@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
+from itertools import pairwise
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from icechunk.format.by_node import ByNode, Part, grouped_coords, num_rows
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.snapshot.nodes import with_ids
 from icechunk.format.values import Move, NodeKind, NodeSnapshot, Snapshot, TransactionLog
@@ -132,14 +135,11 @@ def net_diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to
     """
     mentioned: set[NodeId] = set()
     changed: set[NodeId] = set()
-    chunks: dict[NodeId, list[npt.NDArray[np.uint32]]] = {}
     for log in transactions:
         changed |= log.updated_groups | log.updated_arrays
         mentioned |= log.new_groups | log.new_arrays | log.deleted_groups | log.deleted_arrays
         mentioned |= {move.node_id for move in log.moved_nodes}
-        for node_id, coords in log.updated_chunks.items():
-            if len(coords):
-                chunks.setdefault(node_id, []).append(coords)
+    chunks = united([log.updated_chunks for log in transactions])
     mentioned |= changed | chunks.keys()
     before = with_ids(from_snapshot.nodes, mentioned)
     after = with_ids(to_snapshot.nodes, mentioned)
@@ -154,7 +154,7 @@ def net_diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to
                 key=move_order,
             )
         ),
-        chunks={i: _merged(parts) for i, parts in chunks.items() if i in after},
+        chunks={i: coords for i, coords in chunks.items() if i in after},
         paths={i: after[i].path for i in chunks if i in after},
     )
 
@@ -257,6 +257,57 @@ def _moved_in_a_row(first: Sequence[Move], second: Sequence[Move], without: froz
         moves[move.node_id] = move if before is None else move._replace(source=before.source)
     kept = (m for m in moves.values() if m.source != m.target and m.node_id not in without)
     return tuple(sorted(kept, key=move_order))
+
+
+Coords: TypeAlias = npt.NDArray[np.uint32]
+_TOGETHER: Final = 1 << 18
+"""Coordinates that are sorted together. With more, those of each array take most of the time, and need less memory."""
+
+
+def united(changes: Sequence[Mapping[NodeId, Coords]]) -> dict[NodeId, Coords]:
+    """All coordinates of each array in several mappings, each once and in ascending order.
+
+    Of an array that has changed its rank, only coordinates of its last rank are kept. Arrays without any are left out.
+    """
+    if len(changes) > 1 and sum(map(num_rows, changes)) <= _TOGETHER:
+        return _united_in_columns([grouped_coords(chunks) for chunks in changes])
+    parts: dict[NodeId, list[Coords]] = {}
+    for chunks in changes:
+        for node_id, coords in chunks.items():
+            if len(coords):
+                parts.setdefault(node_id, []).append(coords)
+    return {node_id: _merged(own) for node_id, own in parts.items()}
+
+
+def _united_in_columns(changes: Sequence[ByNode[Coords]]) -> dict[NodeId, Coords]:
+    """The same, with few numpy calls: a long history has a few chunks of each of many arrays in each of many logs."""
+    by_rank: dict[int, list[Part[Coords]]] = {}
+    ranks: dict[NodeId, int] = {}
+    for chunks in changes:
+        if len(chunks.parts) > 1 and len(chunks) < sum(len(part.nodes) for part in chunks.parts):
+            # Others may have written coordinates of several ranks for one array: those of one of them count.
+            chunks = grouped_coords(dict(chunks))
+        for part in chunks.parts:
+            if len(part.rows):
+                rank = part.rows.shape[1]
+                by_rank.setdefault(rank, []).append(part)
+                counts = np.diff(part.edges).tolist()
+                ranks.update([(node, rank) for node, count in zip(part.nodes, counts, strict=True) if count])
+    found: dict[NodeId, Coords] = {}
+    for rank, parts in by_rank.items():
+        own = [node for node, last in ranks.items() if last == rank]
+        numbers = {node: number for number, node in enumerate(own)}
+        of_entry = np.fromiter((numbers.get(node, -1) for part in parts for node in part.nodes), np.int64)
+        owner = np.repeat(of_entry, np.concatenate([np.diff(part.edges) for part in parts]))
+        rows = np.concatenate([part.rows for part in parts])
+        if len(by_rank) > 1:
+            rows, owner = rows[owner >= 0], owner[owner >= 0]
+        order = sort_last(np.column_stack([owner.astype(np.uint32), rows]))
+        if order is not None:
+            rows, owner = rows[order], owner[order]
+        edges = np.searchsorted(owner, np.arange(len(own) + 1)).tolist()
+        found.update((node, rows[first:last]) for node, (first, last) in zip(own, pairwise(edges), strict=True))
+    return found
 
 
 def _merged(parts: list[npt.NDArray[np.uint32]]) -> npt.NDArray[np.uint32]:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icechunk.format.by_node import coords_by_node, coords_part
+from icechunk.format.ids import NodeId
 from icechunk.format.values import Snapshot, TransactionLog
 from icechunk.log.session.log import SessionLog
-from icechunk.log.session.merge.diff import Changes, diff
+from icechunk.log.session.merge import diff as diff_module
+from icechunk.log.session.merge.diff import Changes, Coords, diff, united
 from tests.log.session.builders import GROUP, Repo, array_json, group_json
 
 
@@ -111,3 +119,48 @@ def test_nodes_whose_creation_is_in_no_log_any_more_are_not_new() -> None:
     moved = diff(past.logs[3:5], past.snapshots[0], past.snapshots[5])
     assert moved.moved_nodes == (("/g", "/k"), ("/g/a", "/k/a"))
     assert (moved.new_groups, moved.new_arrays) == (frozenset(), frozenset())
+
+
+LOGS = st.lists(
+    st.dictionaries(
+        st.integers(0, 5),
+        st.tuples(st.integers(0, 3), st.lists(st.lists(st.sampled_from((0, 1, 2, 2**32 - 1)), min_size=3, max_size=3))),
+    ),
+    max_size=6,
+)
+
+
+@given(LOGS, st.integers(0, 2**32 - 1))
+@settings(max_examples=200, deadline=None)
+def test_coordinates_of_many_logs_are_united_by_array(
+    logs: list[dict[int, tuple[int, list[list[int]]]]], number: int
+) -> None:
+    """Arrays of any rank, also of a changing one; those without coordinates are left out."""
+    expected: dict[NodeId, set[tuple[int, ...]]] = {}
+    ranks: dict[NodeId, int] = {}
+    changes: list[dict[NodeId, Coords]] = []
+    for log in logs:
+        changes.append({})
+        for key, (rank, rows) in log.items():
+            node = NodeId((key * 977 + number).to_bytes(8))
+            unique = sorted({tuple(row[:rank]) for row in rows})
+            changes[-1][node] = np.array(unique, np.uint32).reshape(len(unique), rank)
+            if unique:
+                ranks[node] = rank
+                expected.setdefault(node, set()).update(unique)
+    together = united(changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diff_module, "_TOGETHER", -1)
+        apart = united(changes)
+    for found in (together, apart):
+        assert {node: (coords.shape[1], [*map(tuple, coords.tolist())]) for node, coords in found.items()} == {
+            node: (rank, sorted(row for row in expected[node] if len(row) == rank)) for node, rank in ranks.items()
+        }
+
+
+def test_of_an_array_with_coordinates_of_two_ranks_in_one_log_those_of_one_rank_count() -> None:
+    node = NodeId(bytes(8))
+    one, two = np.array([[1]], np.uint32), np.array([[2, 3], [4, 5]], np.uint32)
+    both = coords_by_node([coords_part([node], [one]), coords_part([node], [two])])
+    plain = {node: np.array([[0, 0]], np.uint32)}
+    assert {key: coords.tolist() for key, coords in united([plain, both]).items()} == {node: [[0, 0], [2, 3], [4, 5]]}
