@@ -38,7 +38,7 @@ S = TypeVar("S", bound=StoreSession, default=Any)
 __all__ = ["IcechunkStore"]
 
 
-_COPIED_LATE_BYTES = 64 * 1024
+_COPIED_LATE_BYTES = 8 * 1024
 _MANY_RANGES = 4
 """So many ranges far apart in one call are what a selection needs; fewer are perhaps the next of a random reader's."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
+from io import BytesIO
 from typing import overload
 
 from icechunk.errors import ErrorKind, SessionStateError
@@ -25,11 +26,12 @@ __all__ = ["Packs"]
 
 
 class _Pack:
-    __slots__ = ("id", "parts", "size")
+    __slots__ = ("id", "octets", "size")
 
     def __init__(self, id: ObjectId) -> None:
         self.id = id
-        self.parts: dict[int, bytes] = {}
+        # Each chunk is copied once: the contents are the object that is uploaded.
+        self.octets = BytesIO()
         self.size = 0
 
 
@@ -111,8 +113,7 @@ class Packs:
                 return None
             if pack is None:
                 pack = self._open = _Pack(self._new_object_id())
-            pack.parts[offset] = bytes(data)
-            pack.size += len(data)
+            pack.size += pack.octets.write(data)
             if full:
                 self._open = None
                 self._send(pack)
@@ -152,7 +153,8 @@ class Packs:
         durable."""
         with self._lock:
             if self._open is not None and self._open.id == id:
-                return self._open.parts.get(offset)
+                with self._open.octets.getbuffer() as octets:
+                    return bytes(octets[offset : offset + length])
             if not self._pool.in_flight:
                 return None
             data = self._pool.pending(chunk_key(id))
@@ -174,7 +176,7 @@ class Packs:
 
     def _send(self, pack: _Pack) -> None:
         # Under the lock: a reader finds the bytes in the open pack or in the pool.
-        self._pool.take(chunk_key(pack.id), b"".join(pack.parts.values()))
+        self._pool.take(chunk_key(pack.id), pack.octets.getvalue())
 
     def _require_own_process(self) -> None:
         if os.getpid() != self._pid:

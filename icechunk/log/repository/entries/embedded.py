@@ -104,9 +104,8 @@ class EmbeddedFiles:
         self.dropped: int = 0
         """The last slot whose bytes were dropped from memory; 0: none."""
         self._own: deque[int] = deque()
-        self._under_way: tuple[int, ...] = ()
-        """Slots of `_own` whose files are being put."""
-        self._progress = asyncio.Event()
+        self._putting = asyncio.Lock()
+        """Held while files are put, so that none is put by the background and by a checkpoint at the same time."""
         self._closes = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         """Puts the files of this client's own entries."""
@@ -178,19 +177,15 @@ class EmbeddedFiles:
                 await self._sources.sleep(_FIRST_PAUSE_S * 2**attempt)
             try:
                 while self._own:
-                    slots = self._under_way = tuple(self._own)
+                    slots = tuple(self._own)
                     await self._put(slots)
-                    self._under_way = ()
                     for _ in slots:
                         self._own.popleft()
-                    self._progress.set()
-                    self._progress = asyncio.Event()
                 return
             except (IcechunkError, OSError) as error:
                 why = error
         # Nothing is lost: they stay in their entries, and the next checkpoint puts them first.
         self._own.clear()
-        self._under_way = ()
         _LOG.warning("files of commits to %s are not put yet, a checkpoint will: %s", self._storage.describe(), why)
 
     async def materialize(self, after: int, end: int) -> None:
@@ -201,13 +196,6 @@ class EmbeddedFiles:
         StorageError
             One of them could not be put.
         """
-        while self.task is not None and not self.task.done() and any(after < n <= end for n in self._under_way):
-            # They are on their way.
-            progress = asyncio.ensure_future(self._progress.wait())
-            try:
-                await asyncio.wait({self.task, progress}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                progress.cancel()
         await self._put([n for n in sorted(self._by_slot) if after < n <= end])
 
     async def materialize_dropped(self, epoch: str, after: int, end: int) -> None:
@@ -239,9 +227,10 @@ class EmbeddedFiles:
         return await self.find_in_log(epoch, after, self.dropped, key)
 
     async def _put(self, slots: Iterable[int]) -> None:
-        files = [(n, key, data) for n in slots for key, data in self._by_slot.get(n, {}).items()]
-        if files:
-            await run_jobs([partial(self._put_one, *file) for file in files], limit=_AT_ONCE)
+        async with self._putting:
+            files = [(n, key, data) for n in slots for key, data in self._by_slot.get(n, {}).items()]
+            if files:
+                await run_jobs([partial(self._put_one, *file) for file in files], limit=_AT_ONCE)
 
     async def _put_one(self, n: int, key: str, data: bytes) -> None:
         await put_once(self._storage, key, data)
