@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import field
 from typing import Final, NamedTuple, Protocol
 
@@ -118,7 +118,8 @@ class Sweep:
             A listing failed; or kind ``gc-deletes-failing``: too many requests in a row failed. Everything
             deleted until then was garbage.
         """
-        await run_each(self._prefix, prefixes, limit=len(prefixes))
+        # Where no request waits for a network, listings at the same time compete for the interpreter: they take longer.
+        await run_each(self._prefix, prefixes, limit=1 if self._storage.batches_reads else len(prefixes))
 
     async def delete(self, prefix: str, garbage: Sequence[Listed]) -> None:
         """Delete objects that are known already; errors as `run`."""
@@ -126,43 +127,48 @@ class Sweep:
             await self._dispose(prefix, garbage[first : first + _BATCH])
 
     async def _prefix(self, prefix: str) -> None:
-        """List a prefix; where it is large, its parts at the same time."""
-        pages = self._storage.list_pages(prefix, page_size=_BATCH)
+        """List a prefix; where it is large, its parts at the same time, if the storage lists them in less time."""
+        pages = self._pages(prefix, None)
+        if not self._storage.lists_any_prefix_fast or self._limits.max_concurrent_listings == 1:
+            async with aclosing(pages):
+                async for page in pages:
+                    await self._take(prefix, page)
+            return
         first: list[list[ObjectInfo]] = []
-        try:
+        async with aclosing(pages):
             # A store may end a page early, so only a second one, or none, shows whether there is more.
-            while len(first) < 2:
-                async with self._listings:
-                    page = await anext(pages, None)
-                if page is None:
-                    break
+            async for page in pages:
                 if page:
                     first.append(page)
-        finally:
-            await _close(pages)
+                if len(first) == 2:
+                    break
         for page in first:
             await self._take(prefix, page)
         if len(first) < 2:
             return
         after = first[-1][-1].key
-        parts = [(prefix, after)]
-        if self._storage.lists_any_prefix_fast and self._limits.max_concurrent_listings != 1:
-            begun = after[: len(prefix) + 1]
-            parts = [(prefix + char, after) for char in _ALPHABET if prefix + char >= begun]
+        begun = after[: len(prefix) + 1]
 
-        async def walk(part: tuple[str, str]) -> None:
-            pages = self._storage.list_pages(part[0], start_after=part[1], page_size=_BATCH)
-            try:
-                while True:
-                    async with self._listings:
-                        page = await anext(pages, None)
-                    if page is None:
-                        return
+        async def walk(part: str) -> None:
+            async with aclosing(self._pages(part, after)) as pages:
+                async for page in pages:
                     await self._take(prefix, page)
-            finally:
-                await _close(pages)
 
+        parts = [prefix + char for char in _ALPHABET if prefix + char >= begun]
         await run_each(walk, parts, limit=len(parts))
+
+    async def _pages(self, prefix: str, after: str | None) -> AsyncGenerator[list[ObjectInfo], None]:
+        """The pages of a listing; each waits until few others are listed."""
+        pages = self._storage.list_pages(prefix, start_after=after, page_size=_BATCH)
+        try:
+            while True:
+                async with self._listings:
+                    page = await anext(pages, None)
+                if page is None:
+                    return
+                yield page
+        finally:
+            await _close(pages)
 
     async def _take(self, prefix: str, page: Sequence[ObjectInfo]) -> None:
         listed = with_ids(prefix, page)
