@@ -285,9 +285,12 @@ class VirtualRefs(ABC):
     ) -> tuple[tuple[str, ...], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Distinct stored locations, the row of each given one, and which of them some container holds."""
         prefixes = self._content.virtual_prefixes
-        ascending = _ascending(locations)
-        if ascending is not None and prefixes.all_plain(ascending[0]):
-            return *ascending, np.ones(len(locations), np.bool_)
+        if prefixes.all_plain_and_ascending(locations):
+            count = len(locations)
+            return tuple(locations), np.arange(count, dtype=np.int32), np.ones(count, np.bool_)
+        repeated = _ascending(locations)
+        if repeated is not None and prefixes.all_plain(repeated[0]):
+            return *repeated, np.ones(len(locations), np.bool_)
         distinct = dict.fromkeys(locations)
         if skip_empty:
             distinct.pop("", None)
@@ -318,9 +321,6 @@ def _ascending(locations: Sequence[str]) -> tuple[tuple[str, ...], npt.NDArray[n
     if not len(locations):
         return None
     following = itertools.islice(locations, 1, None)
-    if all(map(operator.lt, locations, following)):
-        return tuple(locations), np.arange(len(locations), dtype=np.int32)
-    following = itertools.islice(locations, 1, None)
     if not all(map(operator.le, locations, following)):
         return None
     following = itertools.islice(locations, 1, None)
@@ -329,12 +329,17 @@ def _ascending(locations: Sequence[str]) -> tuple[tuple[str, ...], npt.NDArray[n
 
 
 def _checked(refs: ChunkRefs, path: str) -> ChunkRefs:
-    empty = np.flatnonzero(refs.length == 0)
-    if len(empty):
+    if not len(refs):
+        return refs
+    # Without columns for what is usually so: taking memory for them takes longer than looking.
+    if not refs.length.all():
+        empty = np.flatnonzero(refs.length == 0)
         raise InvalidInputError(
             f"chunk {refs.coords[empty[0]].tolist()} of array {path!r} would have no bytes; delete it instead",
             ErrorKind.ZERO_LENGTH_CHUNK,
         )
+    if int(refs.offset.max()) + int(refs.length.max()) < 2**64:
+        return refs
     beyond = np.flatnonzero(refs.offset + refs.length < refs.offset)
     if len(beyond):
         raise InvalidInputError(

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from operator import lt
 from typing import Final
 from urllib.parse import unquote
 
@@ -23,8 +25,9 @@ from icechunk.runtime.representation import redacted_url
 __all__ = ["RELATIVE", "Prefixes", "checked_location", "key_of", "require_no_way_out", "stored_location"]
 
 RELATIVE: Final = "vcc://"
-_BATCH: Final = 4 * 1024
-"""Locations that are looked at together: their text, some hundred KiB, stays in the cache of one processor."""
+_BATCH: Final = 1024
+"""Locations that are looked at together: their text, some tens of KiB, stays in the cache of one processor. Pieces of
+memory of more than 128 KiB are returned to the system at once, and getting them again takes longer than looking."""
 
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//([^/?#]*))?([^?#]*)(.*)", re.DOTALL)
 # Nearly every location: nothing in it that would have to be resolved.
@@ -173,6 +176,20 @@ class Prefixes:
         return bool(self._roots) and all(
             self._batch_is_plain(locations[i : i + _BATCH]) for i in range(0, len(locations), _BATCH)
         )
+
+    def all_plain_and_ascending(self, locations: Sequence[str]) -> bool:
+        """Whether there are some, each is greater than the one before it, and `all_plain`.
+
+        Both are found in one pass, since millions of texts are in no cache when the next pass begins.
+        """
+        if not self._roots or not len(locations):
+            return False
+        for i in range(0, len(locations), _BATCH):
+            # With the first one of the next batch, which is compared only.
+            batch = locations[i : i + _BATCH + 1]
+            if not all(map(lt, batch, islice(batch, 1, None))) or not self._batch_is_plain(batch[:_BATCH]):
+                return False
+        return True
 
     def _batch_is_plain(self, locations: Sequence[str]) -> bool:
         text = "\n".join(locations)

@@ -152,6 +152,17 @@ async def test_one_bad_reference_of_many_refuses_all(
         await store.set_virtual_refs_async("a", [good, spec], validate_containers=False)
 
 
+async def test_references_that_end_before_byte_2_64_are_taken_whatever_the_others_are(
+    folder: Path, store: IcechunkStore
+) -> None:
+    locations = [prefix_of(folder) + name for name in "fgh"]
+    offsets, lengths = u64(2**64 - 8, 0, 5), u64(7, 2**63, 1)
+    assert await store.set_virtual_refs_arr_async("a", (1, 3), locations, offsets, lengths) is None
+    assert len(await types(store)) == 3
+    with refused(store.session, InvalidInputError, ErrorKind.INVALID_VIRTUAL_REF):
+        await store.set_virtual_refs_arr_async("a", (1, 3), locations, offsets, u64(8, 2**63, 1))
+
+
 async def test_groups_take_no_references(store: IcechunkStore) -> None:
     await asyncio.to_thread(zarr.create_group, store, path="g")
     for write in (store.set_virtual_refs_async("g", []), store.set_virtual_refs_arr_async("g", (0,), [], u64(), u64())):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -143,6 +145,21 @@ def test_ordinary_locations_are_plain() -> None:
     assert not PREFIXES.all_plain([*(f"s3://data/pre/{i}.nc" for i in range(40_000)), "s3://other/f"])
 
 
+def test_distinct_plain_locations_ascend_within_and_between_the_batches_that_are_looked_at() -> None:
+    plain = [f"s3://data/pre/{i:05}.nc" for i in range(3 * 1024 + 1)]
+    for count in (1, 2, 1023, 1024, 1025, 3 * 1024, len(plain)):
+        assert PREFIXES.all_plain_and_ascending(plain[:count])
+        assert PREFIXES.all_plain_and_ascending(tuple(plain[:count]))
+    assert not PREFIXES.all_plain_and_ascending([])
+    assert not Prefixes([]).all_plain_and_ascending(plain)
+    for at in (1, 2, 1022, 1023, 1024, 1025, 2047, 2048, len(plain) - 1):
+        repeated = [*plain[:at], plain[at - 1], *plain[at:]]
+        assert not PREFIXES.all_plain_and_ascending(repeated)
+        swapped = [*plain[: at - 1], plain[at], plain[at - 1], *plain[at + 1 :]]
+        assert not PREFIXES.all_plain_and_ascending(swapped)
+        assert not PREFIXES.all_plain_and_ascending([*plain[:at], plain[at] + "/..", *plain[at + 1 :]])
+
+
 @settings(max_examples=500, deadline=None)
 @given(
     st.lists(
@@ -166,6 +183,8 @@ def test_locations_that_are_plain_together_are_plain_one_by_one(locations: list[
     for prefixes in (PREFIXES, nested):
         if prefixes.all_plain(locations):
             assert all(map(prefixes.is_plain, locations))
+        ascending = bool(locations) and all(a < b for a, b in itertools.pairwise(locations))
+        assert prefixes.all_plain_and_ascending(locations) == (ascending and prefixes.all_plain(locations))
 
 
 @pytest.mark.parametrize("character", ["\t", "\n", "\r", "\0", "\x1f", "\x7f"])
