@@ -63,6 +63,9 @@ class FileType(IntEnum):
     REPO_INFO = 6
 
 
+_NAMES: Final = {file_type: file_type.name.lower().replace("_", " ") for file_type in FileType}
+
+
 class _Bound(NamedTuple):
     """Largest decompressed size of a file of one kind: ``any_ratio_bytes``, or ``ratio`` times its size if larger."""
 
@@ -168,7 +171,7 @@ def unseal(data: bytes, file_type: FileType, *, what: str = "") -> tuple[int, Pa
         ``unsupported-spec-version``), or would decompress to more than a file of its type can hold (`_BOUNDS`; never
         more than 2 GiB).
     """
-    name = what or _name_of(file_type)
+    name = what or _NAMES[file_type]
     spec_version = _checked_version(data, file_type, name)
     payload = _decompress(memoryview(data)[HEADER_SIZE:], file_type, name)
     if len(payload) < 8 or payload[4:8] != FILE_IDENTIFIER:
@@ -189,13 +192,9 @@ class FileHeader:
 
 def read_header(data: bytes, file_type: FileType, *, what: str = "") -> FileHeader:
     """Check the header and read it; parameters and errors as `unseal`, which also checks the rest of the file."""
-    spec_version = _checked_version(data, file_type, what or _name_of(file_type))
+    spec_version = _checked_version(data, file_type, what or _NAMES[file_type])
     written_by = data[12:36].decode(errors="replace").rstrip(" \0")
     return FileHeader(written_by=written_by, spec_version=spec_version, file_type=file_type)
-
-
-def _name_of(file_type: FileType) -> str:
-    return file_type.name.lower().replace("_", " ")
 
 
 def _checked_version(data: bytes, file_type: FileType, name: str) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
-from icechunk.format.ids import ObjectId, encode_id
+from icechunk.format.ids import ObjectId, encode_id, encode_ids
 
 __all__ = [
     "CHUNKS_PREFIX",
@@ -19,11 +20,13 @@ __all__ = [
     "TRANSACTIONS_PREFIX",
     "chunk_key",
     "manifest_key",
+    "manifest_keys",
     "overwritten_config_key",
     "overwritten_repo_key",
     "overwritten_repo_name",
     "recent_chunk_key",
     "snapshot_key",
+    "snapshot_keys",
     "transaction_key",
 ]
 
@@ -50,9 +53,19 @@ def snapshot_key(id: ObjectId) -> str:
     return SNAPSHOTS_PREFIX + encode_id(id)
 
 
+def snapshot_keys(ids: Sequence[ObjectId]) -> list[str]:
+    """Keys of many snapshots."""
+    return [SNAPSHOTS_PREFIX + text for text in encode_ids(ids)]
+
+
 def manifest_key(id: ObjectId) -> str:
     """Key of a manifest."""
     return MANIFESTS_PREFIX + encode_id(id)
+
+
+def manifest_keys(ids: Sequence[ObjectId]) -> list[str]:
+    """Keys of many manifests."""
+    return [MANIFESTS_PREFIX + text for text in encode_ids(ids)]
 
 
 def transaction_key(id: ObjectId) -> str:

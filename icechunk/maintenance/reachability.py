@@ -26,8 +26,8 @@ import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, FormatError, ObjectNotFoundError
 from icechunk.format.by_node import owners
-from icechunk.format.ids import NodeId, ObjectId, encode_id
-from icechunk.format.keys import manifest_key, snapshot_key
+from icechunk.format.ids import NodeId, ObjectId
+from icechunk.format.keys import manifest_key, manifest_keys, snapshot_key, snapshot_keys
 from icechunk.format.manifest import decode_manifest
 from icechunk.format.manifest.decoding import decode_manifests
 from icechunk.format.manifest.refs_by_node import grouped_refs
@@ -233,7 +233,7 @@ async def walk(
     next_ones = sorted(set(start) - found.snapshots.keys())
 
     async def read(ids: Sequence[ObjectId]) -> None:
-        keys = [snapshot_key(id) for id in ids]
+        keys = snapshot_keys(ids)
         data = await files.require_all(keys, "the history")
         decode = partial(_uses, ids)
         for which, uses in await files.decoded_all(keys, data, decode):
@@ -404,7 +404,7 @@ async def read_manifests(
             await visit(manifest, use.nodes)
 
     # Sorted also so that the order of requests does not depend on chance.
-    ordered = sorted(manifests.values(), key=lambda use: (-use.file.num_chunk_refs, encode_id(use.file.object_id)))
+    ordered = sorted(manifests.values(), key=lambda use: (-use.file.num_chunk_refs, use.file.object_id))
     await run_each(read, ordered, limit=limits.max_concurrent_manifest_fetches)
 
 
@@ -443,7 +443,7 @@ async def read_all_manifests(
             decoded.take(sum(use.file.num_chunk_refs for use in uses) * _DECODED_BYTES_PER_REF),
             compressed.take(sum(use.file.size_bytes for use in uses)),
         ):
-            keys = [manifest_key(id) for id in ids]
+            keys = manifest_keys(ids)
             data = await files.require_all(keys, "a snapshot")
             for which, found in await files.decoded_all(keys, data, partial(_many_refs, uses)):
                 rows = sum(len(part.rows) for part in found)
@@ -451,7 +451,7 @@ async def read_all_manifests(
                     await off_loop(rows * _BYTES_PER_VISIT, partial(visit, ids[which], found))
 
     # Sorted also so that the order of requests does not depend on chance.
-    ordered = sorted(manifests.values(), key=lambda use: (-use.file.num_chunk_refs, encode_id(use.file.object_id)))
+    ordered = sorted(manifests.values(), key=lambda use: (-use.file.num_chunk_refs, use.file.object_id))
     most = max(1, min(_MANIFESTS_TOGETHER, limits.max_concurrent_manifest_fetches))
     batches: list[list[Use]] = []
     rows = _REFS_TOGETHER

@@ -89,7 +89,7 @@ def _late_dataclass(*, slots: bool, **options: bool) -> Callable[[_Class], _Clas
 
         def complete(wanted: str) -> Mapping[str, Any]:
             # The same definition gives the same attributes: two threads that come here at once need no lock.
-            if wanted in _INIT and not inherits and (own := _init_of(cls, **options)) is not None:
+            if wanted in _INIT and (own := _init_of(cls, **options)) is not None:
                 for name in placeholders.keys() & own.keys():
                     setattr(late, name, own[name])
                 return own
@@ -136,10 +136,10 @@ _FACTORY: Final = _Factory()
 def _init_of(
     cls: type, *, frozen: bool = False, kw_only: bool = False, match_args: bool = True, **_: bool
 ) -> dict[str, Any] | None:
-    """``__init__`` and ``__match_args__`` of a class that inherits no fields; parameters as the decorator has them.
+    """``__init__`` and ``__match_args__`` of a class; parameters as the decorator has them.
 
     None: only the standard library knows, since the definition has an error, or fields that are rare, such as those
-    that are not in ``__init__``.
+    that are not in ``__init__``, or that replace inherited ones.
     """
     if not vars(cls).keys().isdisjoint(("__init__", *(_OPTIONAL["frozen"] if frozen else ()))):
         return None
@@ -148,10 +148,19 @@ def _init_of(
     parameters: dict[bool, list[str]] = {False: [], True: []}
     known: dict[str, Any] = {"_FACTORY": _FACTORY, "_set": object.__setattr__}
     body, annotations = [], {}
-    for name, kind in cls.__annotations__.items():
+    inherited: dict[str, Any] = {}
+    for base in cls.__mro__[:0:-1]:
+        if _FIELDS in vars(base):
+            if frozen != ("__setattr__" in vars(base)):
+                return None
+            inherited.update(getattr(base, _FIELDS))
+    if not inherited.keys().isdisjoint(cls.__annotations__):
+        return None
+    kinds = {name: str(field.type) for name, field in inherited.items()} | cls.__annotations__
+    for name, kind in kinds.items():
         if kind == "ClassVar" or kind.startswith("ClassVar["):
             continue
-        default: Any = getattr(cls, name, dataclasses.MISSING)
+        default: Any = inherited.get(name, getattr(cls, name, dataclasses.MISSING))
         field: Any = default if isinstance(default, dataclasses.Field) else dataclasses.field(default=default)
         named = kw_only if field.kw_only is dataclasses.MISSING else field.kw_only
         parameter = value = name

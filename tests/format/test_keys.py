@@ -5,7 +5,7 @@ import re
 import pytest
 
 from icechunk.format import keys
-from icechunk.format.ids import FIRST_SNAPSHOT
+from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 
 
 def test_keys_name_the_object_by_prefix_and_id_text() -> None:
@@ -13,6 +13,9 @@ def test_keys_name_the_object_by_prefix_and_id_text() -> None:
     assert keys.manifest_key(FIRST_SNAPSHOT) == "manifests/1CECHNKREP0F1RSTCMT0"
     assert keys.transaction_key(FIRST_SNAPSHOT) == "transactions/1CECHNKREP0F1RSTCMT0"
     assert keys.chunk_key(FIRST_SNAPSHOT) == "chunks/1CECHNKREP0F1RSTCMT0"
+    ids = [FIRST_SNAPSHOT, *[ObjectId(bytes([i]) * 12) for i in range(100)]]
+    assert keys.snapshot_keys(ids) == [keys.snapshot_key(id) for id in ids]
+    assert keys.manifest_keys(ids) == [keys.manifest_key(id) for id in ids]
 
 
 def test_newer_backups_list_before_older_ones() -> None:

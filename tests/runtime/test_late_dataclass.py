@@ -187,6 +187,53 @@ def derived(decorator: Decorator, **options: bool) -> Any:
     return Derived
 
 
+def extended(decorator: Decorator, **options: bool) -> Any:
+    @decorator(slots=True, **options)
+    class Base:
+        kind: ClassVar[str] = "extended"
+        first: int
+        second: list[int] = field(default_factory=list)
+        third: str = field(default="three", kw_only=True)
+
+    @decorator(slots=True, **options)
+    class Middle(Base):
+        pass
+
+    @decorator(slots=True, **options)
+    class Extended(Middle):
+        fourth: int = 4
+
+        def __post_init__(self) -> None:
+            if self.fourth == self.first:
+                raise ValueError("the first and the fourth are the same")
+
+    return Extended
+
+
+def with_required_after_inherited_default(decorator: Decorator, **options: bool) -> Any:
+    @decorator(slots=True, **options)
+    class Base:
+        first: int = 1
+
+    @decorator(slots=True, **options)
+    class Wrong(Base):
+        second: int
+
+    return Wrong
+
+
+def with_another_kind_of_base(decorator: Decorator, **options: bool) -> Any:
+    @decorator(slots=True, **options | {"frozen": not options["frozen"]})
+    class Base:
+        first: int = 1
+
+    @decorator(slots=True, **options)
+    class Wrong(Base):
+        second: int = 2
+
+    return Wrong
+
+
 def abstract(decorator: Decorator, **options: bool) -> Any:
     @decorator(slots=True, **options)
     class Base(ABC):
@@ -213,6 +260,8 @@ DEFINITIONS = [
     with_own_methods,
     with_own_hash,
     derived,
+    extended,
+    with_required_after_inherited_default,
     abstract,
 ]
 
@@ -277,6 +326,13 @@ def test_a_late_class_is_the_one_that_the_standard_library_makes(
     assert outcome(lambda: described(define(LATE, **options))) == outcome(
         lambda: described(define(STANDARD, **options))
     )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_class_is_as_frozen_as_its_base(frozen: bool) -> None:
+    kind, words = outcome(lambda: with_another_kind_of_base(STANDARD, frozen=frozen))
+    assert outcome(lambda: with_another_kind_of_base(LATE, frozen=frozen)(2)) == (kind, words)
+    assert kind == "TypeError"
 
 
 FIELDS_ONLY = [dataclasses.fields, dataclasses.is_dataclass]

@@ -424,7 +424,7 @@ class LocalStorage(Storage):
 
     def _get(self, key: str, byte_range: ByteRange) -> GetResult:
         path = self._path(key)
-        with self._translated("read", key):
+        try:
             descriptor, status = self._opened(key, path)
             try:
                 self._seen(key, path, status)
@@ -432,6 +432,8 @@ class LocalStorage(Storage):
                 data = read_file(descriptor, start, stop - start, self._buffers)
             finally:
                 os.close(descriptor)
+        except OSError as error:
+            raise self._trouble("read", key, error) from error
         if len(data) != stop - start:
             raise StorageError(
                 f"cannot read {key!r} of {self.describe()}: {len(data)} bytes came instead of {stop - start}; "
@@ -802,15 +804,18 @@ class LocalStorage(Storage):
         try:
             yield
         except OSError as error:
-            remedy = _remedy(error.errno)
-            if verb == "create" and error.errno == errno.ENOENT:
-                remedy = f"; the folder {error.filename or self._root!r} cannot be made: choose another path"
-            trouble = StorageError(
-                f"cannot {verb} {key!r} in {self.describe()}: {error.strerror or error}{remedy}", ErrorKind.IO
-            )
+            trouble = self._trouble(verb, key, error)
             if writes and error.errno in _REFUSED:
                 raise refused(trouble) from error
             raise (unsent(trouble) if writes and not names else trouble) from error
+
+    def _trouble(self, verb: str, key: str, error: OSError) -> StorageError:
+        remedy = _remedy(error.errno)
+        if verb == "create" and error.errno == errno.ENOENT:
+            remedy = f"; the folder {error.filename or self._root!r} cannot be made: choose another path"
+        return StorageError(
+            f"cannot {verb} {key!r} in {self.describe()}: {error.strerror or error}{remedy}", ErrorKind.IO
+        )
 
 
 class _Making:
