@@ -520,7 +520,11 @@ class CommitFiles:
         async def read(id: ObjectId) -> None:
             found[id] = await core.assets.manifest(id)
 
-        await run_each(read, plan.manifests_to_read, limit=max(1, core.settings.commit_fetches))
+        for id in plan.manifests_to_read:
+            if (kept := core.assets.kept_manifest(id)) is not None:
+                found[id] = kept
+        missing = [id for id in plan.manifests_to_read if id not in found]
+        await run_each(read, missing, limit=max(1, core.settings.commit_fetches))
         touched = plan.num_rows + sum(manifest.num_chunk_refs for manifest in found.values())
         manifests = new_manifests(plan, found, core.sources.new_object_id)
         keep = core.assets.has_room_for(touched)

@@ -146,6 +146,9 @@ class SessionContent:
 
     def require_changeable(self) -> None:
         """Refuse changes in all phases but one. Raises `ReadOnlyError` or `SessionStateError`."""
+        if self.phase is Phase.WRITABLE:
+            # First, since this runs for every chunk.
+            return
         match self.phase:
             case Phase.READ_ONLY:
                 raise ReadOnlyError("this session is read-only; open a writable session on a branch to change anything")

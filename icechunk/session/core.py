@@ -391,7 +391,7 @@ class Core:
             return
         self._preloaded = snapshot.id
         config = self.config.manifest.preload if self.config.manifest is not None else None
-        wanted = [id for id in manifests_to_preload(config, snapshot) if not self.assets.knows_manifest(id)]
+        wanted = [id for id in manifests_to_preload(config, snapshot) if self.assets.kept_manifest(id) is None]
         if wanted:
             (await self._preloaders.get()).start(wanted)
 

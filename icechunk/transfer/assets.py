@@ -246,9 +246,10 @@ class Assets:
         """A snapshot from the cache; None if it is not there."""
         return self._snapshots.get(id)
 
-    def knows_manifest(self, id: ObjectId) -> bool:
-        """Whether a manifest is in the cache."""
-        return self._manifests.get(id) is not None
+    def kept_manifest(self, id: ObjectId) -> Manifest | None:
+        """A manifest that is in the cache; None where it has to be read."""
+        found = self._manifests.get(id)
+        return None if found is None else found.manifest
 
     def has_room_for(self, num_chunk_refs: int) -> bool:
         """Whether manifests with that many references would fit into an empty cache."""
@@ -296,7 +297,7 @@ class Assets:
     async def _coords_of(
         self, ids: Sequence[ObjectId], node: NodeSnapshot, use: Callable[[npt.NDArray[np.uint32]], None]
     ) -> None:
-        asked = [id for id in ids if not self.knows_manifest(id)]
+        asked = [id for id in ids if self.kept_manifest(id) is None]
         if self._storage.batches_reads:
             answers = await self._storage.get_all([manifest_key(id) for id in asked])
             files = {id: bytes(answer.body) for id, answer in zip(asked, answers, strict=True) if answer is not None}

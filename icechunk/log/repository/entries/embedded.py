@@ -230,7 +230,10 @@ class EmbeddedFiles:
         async with self._putting:
             files = [(n, key, data) for n in slots for key, data in self._by_slot.get(n, {}).items()]
             if files:
-                await run_jobs([partial(self._put_one, *file) for file in files], limit=_AT_ONCE)
+                # In memory a put waits for nothing, and a task for each would take most of the time.
+                in_memory = self._storage.batches_reads and not self._storage.defers_syncs
+                limit = 1 if in_memory else _AT_ONCE
+                await run_jobs([partial(self._put_one, *file) for file in files], limit=limit)
 
     async def _put_one(self, n: int, key: str, data: bytes) -> None:
         await put_once(self._storage, key, data)
