@@ -42,11 +42,18 @@ def rows(
         uint64[n], bytes.
     """
     width = names.shape[1] + SPAN_BYTES
-    joined = np.empty((len(names), width), np.uint8)
-    joined[:, :-SPAN_BYTES] = names
-    joined[:, -SPAN_BYTES:-8] = offset.astype(">u8").view(np.uint8).reshape(-1, 8)
-    joined[:, -8:] = length.astype(">u8").view(np.uint8).reshape(-1, 8)
-    return joined.view(f"S{width}").reshape(-1)
+    joined = np.empty(len(names), _layout(width))
+    joined["name"] = np.ascontiguousarray(names).view(joined.dtype["name"]).reshape(-1)
+    joined["offset"], joined["length"] = offset, length
+    return joined.view(f"S{width}")
+
+
+def _layout(width: int) -> np.dtype[np.void]:
+    return np.dtype([("name", f"S{width - SPAN_BYTES}"), ("offset", ">u8"), ("length", ">u8")])
+
+
+def _columns(rows: npt.NDArray[Any]) -> npt.NDArray[np.void]:
+    return np.ascontiguousarray(rows).view(_layout(rows.dtype.itemsize))
 
 
 def native_rows(refs: ChunkRefs, native: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
@@ -57,14 +64,13 @@ def native_rows(refs: ChunkRefs, native: npt.NDArray[np.bool_]) -> npt.NDArray[A
 
 def names_of(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The name of each row, ``S{k}[n]``."""
-    octets = _octets(rows)[:, :-SPAN_BYTES]
-    return np.ascontiguousarray(octets).view(f"S{octets.shape[1]}").reshape(-1)
+    return np.ascontiguousarray(_columns(rows)["name"])
 
 
 def spans_of(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """Offset and length of each row, in bytes."""
-    spans = np.ascontiguousarray(_octets(rows)[:, -SPAN_BYTES:]).view(">u8").astype(np.uint64)
-    return spans[:, 0], spans[:, 1]
+    columns = _columns(rows)
+    return columns["offset"].astype(np.uint64), columns["length"].astype(np.uint64)
 
 
 def covered_by_object(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64]]:
@@ -108,11 +114,7 @@ def reached_before(first: npt.NDArray[np.bool_], end: npt.NDArray[np.uint64]) ->
 
 def starts_of_objects(rows: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Whether each row, of ascending ones, is the first of its object."""
-    names = _octets(rows)[:, :-SPAN_BYTES]
+    names = names_of(rows)
     first = np.ones(len(rows), np.bool_)
-    first[1:] = (names[1:] != names[:-1]).any(axis=1)
+    first[1:] = names[1:] != names[:-1]
     return first
-
-
-def _octets(rows: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), rows.dtype.itemsize)
