@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.by_node import ByNode, Coords, Part, by_rank, coords_by_node, grouped_coords, num_rows, owners
@@ -383,9 +384,9 @@ def _updated(buffer: Buffer, starts: Positions, counts: Positions) -> list[ByNod
         raise buffer.fail("an array with updated chunks lacks the required field 'node_id'")
     if vectors is None or vectors.rows is not None:
         raise buffer.fail("an array with updated chunks lacks the required field 'chunks'")
-    raw = gather(buffer, ids.positions, f"V{_NODE_ID_SIZE}").tobytes()
-    nodes = [NodeId(raw[i : i + _NODE_ID_SIZE]) for i in range(0, len(raw), _NODE_ID_SIZE)]
-    if len(set(zip(log_of.tolist(), nodes, strict=True))) != len(nodes):
+    own_ids = gather(buffer, ids.positions, f"V{_NODE_ID_SIZE}")
+    nodes: list[NodeId] = own_ids.tolist()
+    if _is_twice(own_ids.view(">u8").astype(np.uint64), log_of):
         raise buffer.fail("an array is in its updated chunks twice")
     sizes = vectors.counts
     buffer.charge_tables(int(sizes.sum()))
@@ -405,9 +406,18 @@ def _updated(buffer: Buffer, starts: Positions, counts: Positions) -> list[ByNod
     parts, numbers = [], []
     for ndim, members, own_edges, own in by_rank(owner, coords.counts, sizes):
         rows = read_coords(buffer, coords.starts[own], ndim)
-        parts.append(_sorted_unique(Part(tuple([nodes[i] for i in members.tolist()]), own_edges, rows)))
+        present = tuple(nodes) if len(members) == count else tuple([nodes[i] for i in members.tolist()])
+        parts.append(_sorted_unique(Part(present, own_edges, rows)))
         numbers.append(members)
     return _by_log(parts, numbers, logs)
+
+
+def _is_twice(nodes: npt.NDArray[np.uint64], log_of: Positions) -> bool:
+    """Whether a node is listed twice for one log; logs are numbered, ascending."""
+    # Stable, so that the logs of one node stay ascending.
+    order = np.argsort(nodes, kind="stable")
+    nodes, logs = nodes[order], log_of[order]
+    return bool(((nodes[1:] == nodes[:-1]) & (logs[1:] == logs[:-1])).any())
 
 
 def _many_chunks(buffer: Buffer, start: int, count: int) -> Coords | None:

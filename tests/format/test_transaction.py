@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from icechunk.errors import FormatError, InvalidInputError
 from icechunk.format import transaction
+from icechunk.format.envelope import FileType, seal, unseal
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.transaction import decode_transaction_log, decode_transaction_logs, encode_transaction_log
 from icechunk.format.values import Move, NodeKind, TransactionLog
@@ -64,6 +65,26 @@ def test_among_logs_that_are_read_together_the_one_that_is_damaged_is_named() ->
     files[1] = (logs[0].id, files[2][1])
     with raises(FormatError, "invalid-file-format", encode_id(logs[0].id), encode_id(logs[2].id)):
         decode_transaction_logs(files)
+
+
+@pytest.mark.parametrize("others", [0, 3, 40])
+def test_an_array_that_a_log_lists_twice_is_refused_but_not_one_of_several_logs(others: int) -> None:
+    def log(number: int) -> TransactionLog:
+        nodes = [NodeId(bytes([9 - number + i]) * 8) for i in range(6)]
+        chunks = {node: np.array([[number]], np.uint32) for node in nodes}
+        return TransactionLog(id=ObjectId(bytes([number]) * 12), updated_chunks=chunks)
+
+    logs = [log(number % 9) for number in range(others)]
+    files = [(one.id, encode_transaction_log(one)) for one in logs]
+    assert [[*found.updated_chunks] for found in decode_transaction_logs(files)] == [[*x.updated_chunks] for x in logs]
+    last = log(0)
+    version, payload = unseal(encode_transaction_log(last), FileType.TRANSACTION_LOG)
+    first, second, *_ = [bytes(node) for node in last.updated_chunks]
+    twice = seal(FileType.TRANSACTION_LOG, version, bytes(payload).replace(second, first))
+    with raises(FormatError, "invalid-file-format", encode_id(last.id)):
+        decode_transaction_logs([*files, (last.id, twice)])
+    with raises(FormatError, "invalid-file-format"):
+        decode_transaction_log(twice)
 
 
 def test_coordinates_are_written_sorted_and_once() -> None:

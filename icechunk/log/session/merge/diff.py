@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -297,7 +297,8 @@ def _united_in_columns(changes: Sequence[ByNode[Coords]]) -> dict[NodeId, Coords
     for rank, parts in by_rank.items():
         own = [node for node, last in ranks.items() if last == rank]
         numbers = {node: number for number, node in enumerate(own)}
-        of_entry = np.fromiter((numbers.get(node, -1) for part in parts for node in part.nodes), np.int64)
+        nodes = chain.from_iterable(part.nodes for part in parts)
+        of_entry = np.fromiter(map(numbers.get, nodes, repeat(-1)), np.int64)
         owner = np.repeat(of_entry, np.concatenate([np.diff(part.edges) for part in parts]))
         rows = np.concatenate([part.rows for part in parts])
         if len(by_rank) > 1:
