@@ -547,3 +547,32 @@ async def test_a_commit_cancelled_during_a_swap_that_is_lost_leaves_the_session_
     with pytest.raises(ConflictError):
         await session.commit_async("ours, again")
     assert await messages(repository) == ["theirs", "warm", "Repository initialized"]
+
+
+async def test_the_event_loop_has_its_turn_between_commits_that_wait_for_nothing() -> None:
+    repository = await Repository.create_async(MemoryStorage())
+    sessions = [await changed(repository, f"a{i}") for i in range(40)]
+    turns, ended = 0, asyncio.Event()
+
+    async def heartbeat() -> None:
+        nonlocal turns
+        while not ended.is_set():
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def committed() -> list[int]:
+        async def one(session: icechunk.Session) -> int:
+            before = turns
+            await session.commit_async("one of many", rebase_with=icechunk.ConflictDetector())
+            return turns - before
+
+        try:
+            return await asyncio.gather(*map(one, sessions))
+        finally:
+            ended.set()
+
+    _, waited = await asyncio.gather(heartbeat(), committed())
+    assert max(waited) >= 40 // 8
+    # The first ones land before the last ones are made.
+    assert min(waited) < max(waited)
+    assert len(await messages(repository)) == 41

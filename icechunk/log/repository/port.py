@@ -20,7 +20,7 @@ from icechunk.log.repository.state import RepoState
 from icechunk.runtime.late_dataclass import dataclass
 from icechunk.transfer.cache import WeightedCache
 
-__all__ = ["FILES_BYTES", "MAX_FILES", "Layout", "Proposal", "Propose", "RepositoryLog", "SwapToken"]
+__all__ = ["FILES_BYTES", "MAX_FILES", "Layout", "Proposal", "Propose", "RepositoryLog", "SwapToken", "TurnLock"]
 
 FILES_BYTES = 16 * 1024 * 1024
 MAX_FILES = 8192
@@ -88,6 +88,13 @@ class Proposal(ABC):
         after None, or without any call, nothing landed, nor will (an abandoned call is not sent again). Errors are
         logged.
         """
+
+
+class TurnLock(asyncio.Lock):
+    """Held by the commit to a branch that is being made."""
+
+    in_a_row: int = 0
+    """Commits that were made since the event loop last had its turn."""
 
 
 class RepositoryLog(ABC):
@@ -232,7 +239,7 @@ class RepositoryLog(ABC):
         entry goes on without it, and the proposal has received its token (`Proposal.sent`).
         """
 
-    def turn(self, branch: str) -> asyncio.Lock | None:
+    def turn(self, branch: str) -> TurnLock | None:
         """A lock to hold while a commit is built upon `expected`, until it is queued; None: this log has no such
         queue."""
         return None

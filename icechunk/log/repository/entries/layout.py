@@ -41,7 +41,7 @@ from icechunk.log.repository.freshness import MAX_SKEW_US, Instant, clock_error_
 from icechunk.log.repository.marker import state_of
 from icechunk.log.repository.objects import RepoObject, nonce_in_slot, read_repo, read_slot
 from icechunk.log.repository.ops_log import any_in_history, updates_of
-from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, Proposal, Propose, SwapToken
+from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, Proposal, Propose, SwapToken, TurnLock
 from icechunk.log.repository.queue import Attempt, Group, Waiting, build
 from icechunk.log.repository.settle import CLOSE_GRACE_S, SwappedLog
 from icechunk.log.repository.state import MAIN, RepoState, apply
@@ -115,7 +115,7 @@ class LogLayout(SwappedLog[SlotAttempt]):
         self._charged = asyncio.Event()
         """Set while the newest entry of this client is in a slot whose writer writes a checkpoint."""
         self._store_check = StoreCheck(storage)
-        self._turns: dict[str, asyncio.Lock] = {}
+        self._turns: dict[str, TurnLock] = {}
         self._expected: tuple[RepoState, list[Waiting], RepoState] = (self.state, [], self.state)
         self._preparation: asyncio.Task[None] | None = None
         """Checks the store before the first swap."""
@@ -238,8 +238,8 @@ class LogLayout(SwappedLog[SlotAttempt]):
             await self._checkpointing.try_write(through=True)
         return state
 
-    def turn(self, branch: str) -> asyncio.Lock:
-        return self._turns.setdefault(branch, asyncio.Lock())
+    def turn(self, branch: str) -> TurnLock:
+        return self._turns.setdefault(branch, TurnLock())
 
     async def next_outcome(self) -> None:
         # The task that swaps may not have begun.
