@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import field, replace
+from collections.abc import Container, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
@@ -42,19 +40,19 @@ from icechunk.config.repository import (
 from icechunk.config.storage import DEFAULT_IDEAL_REQUEST_BYTES, DEFAULT_MAX_REQUESTS_PER_OBJECT
 from icechunk.format.ids import ObjectId, object_id_from_text
 from icechunk.format.manifest.location_compression import LocationCompression
-from icechunk.format.values import Snapshot, TransactionLog
+from icechunk.format.values import Snapshot
 from icechunk.log.repository.convert import convert_log
 from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, RepositoryLog
 from icechunk.log.repository.queue import UpdateRetries, retries_of
 from icechunk.log.repository.state import RepoState
-from icechunk.log.session.merge.conflict_rules import Landed
 from icechunk.log.session.plan.compaction import Policy
 from icechunk.runtime.about import CLIENT_NAME
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.loops import PerLoop
 from icechunk.runtime.pickles import call_of
+from icechunk.session.landed_commits import LandedCommits
 from icechunk.storage.port import Put, Storage
 from icechunk.transfer.assets import Assets, Preloader, Reads
 from icechunk.transfer.cache import WeightedCache
@@ -69,69 +67,12 @@ from icechunk.virtual_access import VirtualAccess
 if TYPE_CHECKING:
     from icechunk.maintenance.living import LivingMemory
 
-__all__ = ["Core", "LandedSums", "Settings"]
+__all__ = ["Core", "Settings"]
 
 _CACHING: Final = CachingConfig()
 _CONCURRENCY: Final = StorageConcurrencySettings()
 _ENGINE: Final = EngineConfig()
 """In place of settings that are not given. They are made once, since making one checks each of its values."""
-_MAX_SUMS: Final = 4
-"""Bases whose sums are kept: one for each group of writers that began together."""
-
-
-@dataclass(slots=True)
-class _LandedSum:
-    tip: ObjectId
-    """The last commit that is added up."""
-    landed: Landed = field(default_factory=Landed)
-
-
-class LandedSums:
-    """Sums of commits by the snapshot that they begin at, for all sessions of a repository. Safe among threads.
-
-    A session that is rebased looks at all commits since its base at once. Sessions that began together share the base;
-    so each of these commits is read and added up once, not once for each session.
-    """
-
-    def __init__(self) -> None:
-        self._sums: OrderedDict[ObjectId, _LandedSum] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def tip(self, base: ObjectId) -> ObjectId | None:
-        """The last commit that the sum from ``base`` has; None where there is no such sum."""
-        span = self._sums.get(base)
-        return None if span is None else span.tip
-
-    def extended(
-        self, base: ObjectId, begin: ObjectId | None, tip: ObjectId, transactions: Iterable[TransactionLog]
-    ) -> Landed | None:
-        """The sum from ``base``, with more commits added.
-
-        Parameters
-        ----------
-        begin
-            The last commit that the sum had when the caller asked; None: begin a new sum.
-        tip, transactions
-            The last of the added commits, and the transaction logs of all of them, oldest first.
-
-        Returns
-        -------
-        Landed or None
-            None: another caller has added commits meanwhile, perhaps others.
-        """
-        with self._lock:
-            span = self._sums.get(base)
-            if begin is None:
-                span = self._sums[base] = _LandedSum(tip)
-            elif span is None or span.tip != begin:
-                return None
-            for log in transactions:
-                span.landed.add(log)
-            span.tip = tip
-            self._sums.move_to_end(base)
-            while len(self._sums) > _MAX_SUMS:
-                self._sums.popitem(last=False)
-            return span.landed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +147,7 @@ class Core:
         """The configuration that was persisted when this core was opened, or that it has persisted since."""
         self.files: WeightedCache[str, bytes] = WeightedCache(FILES_BYTES, MAX_FILES)
         """Small metadata files that came with the log, by key; some have no object of their own yet."""
-        self.landed_sums: LandedSums = LandedSums()
+        self.landed: LandedCommits = LandedCommits()
         """Sums of the commits that landed since the bases of sessions that are rebased."""
         self.living: LivingMemory | None = None
         """The living objects that the last collection found; None before the first."""

@@ -21,12 +21,14 @@ from icechunk.log.repository.port import Layout
 from icechunk.log.repository.state import RepoState
 from icechunk.log.session.columns import CoordIndex
 from icechunk.log.session.log import SessionLog
-from icechunk.log.session.merge.conflict_rules import Landed, Winner, find_conflicts, rebase
+from icechunk.log.session.merge.conflict_rules import Winner, find_conflicts, rebase
 from icechunk.log.session.merge.diff import changes_since
+from icechunk.log.session.merge.landed import LandedSince
 from icechunk.runtime.late_dataclass import dataclass
 from icechunk.runtime.tasks import run_each
 from icechunk.session.content import Phase, SessionContent
 from icechunk.session.core import Core
+from icechunk.session.landed_commits import Line
 from icechunk.session.session_checkpoint import landed_error, require_not_landed
 from icechunk.transfer.assets import off_loop
 
@@ -47,6 +49,8 @@ DEFAULT_REBASE_TRIES: Final = 1000
 Coords: TypeAlias = npt.NDArray[np.uint32]
 
 _LOG = logging.getLogger(__name__)
+_LANDED_TRIES = 3
+"""Looks at the line of a branch, to which others add commits at the same time, before it is left to them."""
 _BYTES_PER_ROW = 64
 """Bytes of a chunk row, about, which decides whether a thread carries rows over."""
 
@@ -62,25 +66,16 @@ class Step:
     """Whether it took the place of the snapshot that the way begins at: its transaction log has the changes of both."""
 
 
-def steps_between(
-    state: RepoState, base: ObjectId, tip: ObjectId, *, stop_at: ObjectId | None = None
-) -> list[Step] | None:
+def steps_between(state: RepoState, base: ObjectId, tip: ObjectId) -> list[Step] | None:
     """Commits after ``base`` up to and with ``tip``, oldest first; None where ``base`` is not in the tip's history.
 
     A base that was expired meanwhile is found among the ancestors that the surviving snapshots name. One that was
     amended is found in the ops log, which names its replacement.
-
-    Parameters
-    ----------
-    stop_at
-        A snapshot that cannot come after ``base`` on the way: the result is None once it is reached.
     """
     if tip == base:
         return []
     steps: list[Step] = []
     for record in state.ancestry(tip):
-        if record.id == stop_at:
-            return None
         pruned = record.pruned_ancestor_tx_logs
         if base in pruned:
             steps.append(Step(snapshot=record.id, transactions=(*pruned[pruned.index(base) + 1 :], record.id)))
@@ -188,22 +183,47 @@ async def _exactly(
     return replace(log, updated_chunks=chunks)
 
 
-async def _landed(core: Core, state: RepoState, base: ObjectId, tip: ObjectId) -> Landed | None:
-    """The sum of the commits after ``base`` up to and with ``tip``, and perhaps of later ones; None: not known.
+async def _landed(core: Core, state: RepoState, branch: str, base: ObjectId, tip: ObjectId) -> LandedSince | None:
+    """The changes of the commits after ``base`` up to and with ``tip``, and perhaps of later ones; None: not known.
 
     None is returned too where the two are not in one history. Later commits can only add conflicts that are none: a
     caller that finds any looks at the commits one by one.
     """
-    begin = core.landed_sums.tip(base)
-    steps = None if begin is None else steps_between(state, begin, tip, stop_at=base)
-    if steps is None:
-        # There is no sum from this base yet; or the tip is on another branch, was reset, or is before the sum's tip.
-        begin, steps = None, steps_between(state, base, tip)
-    if steps is None or any(step.amends for step in steps):
-        # The changes of an amendment depend on the chunks they are compared with.
+    for _ in range(_LANDED_TRIES):
+        line = core.landed.line(branch, base)
+        seen, way = (None, None) if line is None else (line.tip, _steps_onto(line, state, base, tip))
+        if way is None:
+            # There is no line with this base yet; or the tip is on another branch, was reset, or is before the base.
+            line, way = None, (base, steps_between(state, base, tip))
+        join, steps = way
+        if steps is None or any(step.amends for step in steps):
+            # The changes of an amendment depend on the chunks they are compared with.
+            return None
+        transactions = await winners_between(core, steps, base, {})
+        commits = [(step.snapshot, [transactions[id] for id in step.transactions]) for step in steps]
+        found = core.landed.since(branch, base, line, seen, join, commits)
+        if found is not None:
+            return found
+    return None
+
+
+def _steps_onto(
+    line: Line, state: RepoState, base: ObjectId, tip: ObjectId
+) -> tuple[ObjectId, list[Step] | None] | None:
+    """The newest snapshot of a line that is in the tip's history, and the commits after it, oldest first; None where
+    there is none at ``base`` or after it."""
+    join, steps = tip, list[Step]()
+    if tip not in line.numbers:
+        for record in state.ancestry(tip):
+            steps.append(Step(snapshot=record.id, transactions=(*record.pruned_ancestor_tx_logs, record.id)))
+            if record.parent is None:
+                return None
+            join = record.parent
+            if join in line.numbers:
+                break
+    if line.numbers.get(join, -1) < line.numbers[base]:
         return None
-    transactions = await winners_between(core, steps, base, {})
-    return core.landed_sums.extended(base, begin, tip, [transactions[id] for step in steps for id in step.transactions])
+    return join, steps[::-1]
 
 
 class Rebase:
@@ -255,7 +275,7 @@ class Rebase:
         base, tip = self.log.base.id, state.branch_tip(branch)
         state = await _with_history(core, state, base, tip)
         self._require_not_landed(state, tip)
-        if tip != base and await self._over_all(state, base, tip):
+        if tip != base and await self._over_all(state, branch, base, tip):
             return
         steps = steps_between(state, base, tip)
         if steps is None:
@@ -293,10 +313,10 @@ class Rebase:
         with self._content.lock:
             return self.log.net_changes().chunks
 
-    async def _over_all(self, state: RepoState, base: ObjectId, tip: ObjectId) -> bool:
+    async def _over_all(self, state: RepoState, branch: str, base: ObjectId, tip: ObjectId) -> bool:
         """Put the changes on top of all commits at once, where nothing conflicts; False: nothing was done."""
         core = self._content.core
-        landed = await _landed(core, state, base, tip)
+        landed = await _landed(core, state, branch, base, tip)
         if landed is None:
             return False
         winner = Winner(snapshot=await core.assets.snapshot(tip), landed=landed)

@@ -44,9 +44,10 @@ from icechunk.log.session.events import (
 from icechunk.log.session.hierarchy import Hierarchy, parent_of
 from icechunk.log.session.log import SessionLog
 from icechunk.log.session.merge.diff import NetChanges
+from icechunk.log.session.merge.landed import Landed, LandedSince
 from icechunk.runtime.late_dataclass import dataclass
 
-__all__ = ["Landed", "Winner", "carried_over", "find_conflicts", "rebase"]
+__all__ = ["Winner", "carried_over", "find_conflicts", "rebase"]
 
 Coords = npt.NDArray[np.uint32]
 
@@ -65,69 +66,6 @@ _ORDER: Final = (
 )
 
 
-_FEW_ROWS: Final = 1024
-"""Rows of one array in one commit up to which each is kept as a key of a set; more are searched as a column."""
-
-
-class Landed:
-    """The changes of commits in a row, added up one by one.
-
-    A look at all of them together costs in proportion to the session's changes, for any number of commits. The rows of
-    many small commits are keys of one set for each array; `add` is the only method that changes anything.
-    """
-
-    __slots__ = ("_columns", "_keys", "moved", "updated")
-
-    def __init__(self) -> None:
-        self.updated: set[NodeId] = set()
-        """Nodes with other metadata."""
-        self.moved: set[str] = set()
-        """Former paths of nodes that moved."""
-        self._keys: dict[NodeId, set[bytes]] = {}
-        """Coordinates of chunks by array, as bytes: four for each dimension."""
-        self._columns: dict[NodeId, list[tuple[int, CoordIndex]]] = {}
-        """Rank and rows of commits that changed many chunks, by array."""
-
-    @staticmethod
-    def of(transactions: Iterable[TransactionLog]) -> Landed:
-        """The sum of some commits."""
-        landed = Landed()
-        for log in transactions:
-            landed.add(log)
-        return landed
-
-    def add(self, log: TransactionLog) -> None:
-        """Add the changes of one more commit."""
-        self.updated |= log.updated_groups | log.updated_arrays
-        self.moved.update(move.source for move in log.moved_nodes)
-        for node_id, coords in log.updated_chunks.items():
-            if len(coords) > _FEW_ROWS:
-                self._columns.setdefault(node_id, []).append((coords.shape[1], CoordIndex(coords)))
-            elif len(coords):
-                self._keys.setdefault(node_id, set()).update(_row_keys(coords))
-
-    def touched(self, node_id: NodeId) -> bool:
-        """Whether any chunk of an array was added, replaced or deleted."""
-        return node_id in self._keys or node_id in self._columns
-
-    def written(self, node_id: NodeId, coords: Coords) -> Coords:
-        """The coordinates that were changed, in the same order."""
-        both = np.zeros(len(coords), np.bool_)
-        keys = self._keys.get(node_id)
-        if keys:
-            both |= np.fromiter((key in keys for key in _row_keys(coords)), np.bool_, len(coords))
-        for rank, index in self._columns.get(node_id, ()):
-            # An array may have changed its rank.
-            if rank == coords.shape[1]:
-                both |= index.find_rows(coords) >= 0
-        return coords[both]
-
-
-def _row_keys(coords: Coords) -> list[bytes]:
-    data, size = np.ascontiguousarray(coords, np.uint32).tobytes(), 4 * coords.shape[1]
-    return [data[at : at + size] for at in range(0, len(data), size)] if size else [b""] * len(coords)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Winner:
     """One commit, or several in a row, that landed on the branch after the session began."""
@@ -137,8 +75,8 @@ class Winner:
     transactions: tuple[TransactionLog, ...] = ()
     """Logs of every commit between the session's base and the snapshot, oldest first; those of expired ancestors
     too."""
-    landed: Landed | None = None
-    """The sum of the same commits, if it is known; ``transactions`` are not read then."""
+    landed: LandedSince | None = None
+    """The changes of the same commits, if they are known; ``transactions`` are not read then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -148,14 +86,14 @@ class _Theirs:
     onto: Snapshot
     alive: Mapping[NodeId, NodeSnapshot]
     """All nodes after them."""
-    landed: Landed
+    landed: LandedSince
 
     @staticmethod
     def of(winner: Winner) -> _Theirs:
         return _Theirs(
             onto=winner.snapshot,
             alive=by_id(winner.snapshot.nodes),
-            landed=winner.landed or Landed.of(winner.transactions),
+            landed=winner.landed or Landed.of(winner.transactions).since(0),
         )
 
 
@@ -244,9 +182,10 @@ def _sorted(found: Iterator[Conflict]) -> tuple[Conflict, ...]:
 
 
 def _find(log: SessionLog, mine: NetChanges, theirs: _Theirs) -> Iterator[Conflict]:
-    if theirs.landed.moved:
+    moved = theirs.landed.moved
+    if moved:
         # A transaction log has net effects only: the path at which something of mine happened may mean another place.
-        yield from (Conflict(ConflictType.MoveOperationCannotBeRebased, path) for path in _topmost(theirs.landed.moved))
+        yield from (Conflict(ConflictType.MoveOperationCannotBeRebased, path) for path in _topmost(moved))
         return
     yield from _placed(log, mine, theirs)
     yield from _documents(mine, theirs)
@@ -292,7 +231,7 @@ def _documents(mine: NetChanges, theirs: _Theirs) -> Iterator[Conflict]:
                 yield Conflict(ConflictType.ZarrMetadataUpdateOfDeletedArray, node.path)
             else:
                 yield Conflict(ConflictType.ZarrMetadataUpdateOfDeletedGroup, node.path)
-        elif node.id in theirs.landed.updated:
+        elif theirs.landed.has_updated(node.id):
             yield Conflict(ConflictType.ZarrMetadataDoubleUpdate, node.path)
 
 
@@ -305,7 +244,7 @@ def _chunks(mine: NetChanges, theirs: _Theirs) -> Iterator[Conflict]:
         if node_id not in theirs.alive:
             yield Conflict(ConflictType.ChunksUpdatedInDeletedArray, path)
             continue
-        if node_id in theirs.landed.updated:
+        if theirs.landed.has_updated(node_id):
             yield Conflict(ConflictType.ChunksUpdatedInUpdatedArray, path)
         both = theirs.landed.written(node_id, coords)
         if len(both):
@@ -316,11 +255,11 @@ def _deletions(log: SessionLog, mine: NetChanges, theirs: _Theirs) -> Iterator[C
     groups = set()
     for node in mine.deleted:
         if node.kind is NodeKind.ARRAY:
-            if node.id in theirs.alive and (node.id in theirs.landed.updated or theirs.landed.touched(node.id)):
+            if node.id in theirs.alive and (theirs.landed.has_updated(node.id) or theirs.landed.has_touched(node.id)):
                 yield Conflict(ConflictType.DeleteOfUpdatedArray, node.path)
         else:
             groups.add(node.path)
-            if node.id in theirs.alive and node.id in theirs.landed.updated:
+            if node.id in theirs.alive and theirs.landed.has_updated(node.id):
                 yield Conflict(ConflictType.DeleteOfUpdatedGroup, node.path)
     if any(isinstance(event, HierarchyCleared) for event in log.events):
         groups.add("/")
