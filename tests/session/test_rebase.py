@@ -210,8 +210,9 @@ async def test_writers_at_once_all_land_with_rebase_and_nothing_is_lost(repo: Re
         assert await reader._content.get_chunk("/a", (i,), None) == b"\1\0\0\0"
 
 
-async def test_commits_of_one_process_to_one_branch_share_an_entry_and_none_loses(storage: RecordingStorage) -> None:
-    repo = await Repository.create_async(storage)
+async def commit_six(storage: RecordingStorage, spec_version: int | None) -> None:
+    """Six sessions of one base that commit at the same time."""
+    repo = await Repository.create_async(storage, spec_version=spec_version)
     root = await repo.writable_session_async("main")
     await zarr.api.asynchronous.create_group(store=root.store)
     await root.commit_async("root")
@@ -220,10 +221,21 @@ async def test_commits_of_one_process_to_one_branch_share_an_entry_and_none_lose
         await zarr.api.asynchronous.create_group(store=session.store, path=f"group-{number}")
     storage.clear()
     await asyncio.gather(*(one.commit_async("m", rebase_with=DETECT) for one in sessions))
+    assert len([info async for info in repo.async_ancestry(branch="main")]) == 8
+
+
+async def test_commits_of_one_process_to_one_branch_share_an_entry_and_none_loses(storage: RecordingStorage) -> None:
+    await commit_six(storage, None)
     slots = {request.key for request in storage.requests if request.verb == "put" and request.key.startswith("log/")}
     # The first may have left before the others were there.
     assert len(slots) <= 2
-    assert len([info async for info in repo.async_ancestry(branch="main")]) == 8
+
+
+async def test_in_format_2_they_share_replacements_of_repo_and_each_is_encoded_once(storage: RecordingStorage) -> None:
+    await commit_six(storage, 2)
+    # Each puts its files before the next one is made, so some replacements leave before all are there.
+    assert storage.count("put", "repo") <= 4
+    assert storage.count("put", "snapshots/") == 6
 
 
 async def test_the_changes_that_a_commit_leaves_in_memory_are_those_in_its_file(

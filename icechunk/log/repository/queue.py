@@ -65,6 +65,8 @@ class Attempt:
     """Number that names, together with ``epoch``, the place that the attempt was made for; as in `SwapToken`."""
     nonce: bytes
     """Bytes by which the attempt is recognised."""
+    state: RepoState
+    """The state after its events."""
     time_us: int = 0
     """Time of its newest event, µs, where the layout recognises the attempt by it; else 0."""
     known_us: int | None = None

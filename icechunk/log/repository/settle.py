@@ -24,6 +24,7 @@ import asyncio
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, Generic, TypeVar
@@ -38,9 +39,9 @@ from icechunk.errors import (
 )
 from icechunk.format.ids import encode_id
 from icechunk.log.repository.objects import put_once
-from icechunk.log.repository.port import Proposal, Propose, RepositoryLog
+from icechunk.log.repository.port import Proposal, Propose, RepositoryLog, TurnLock
 from icechunk.log.repository.queue import MAX_EMBEDDED_BYTES, Attempt, Group, Waiting, proposal_of, resolve, tell_sent
-from icechunk.log.repository.state import RepoState
+from icechunk.log.repository.state import RepoState, apply
 from icechunk.log.repository.store_check import require_writable
 from icechunk.runtime.clock import Sources
 from icechunk.runtime.tasks import finish_task
@@ -96,6 +97,8 @@ class SwappedLog(RepositoryLog, Generic[A]):
         self.closed: bool = False
         self.runner: asyncio.Task[None] | None = None
         """Swaps until no caller waits."""
+        self._turns: dict[str, TurnLock] = {}
+        self._expected: tuple[RepoState, list[Waiting], RepoState] | None = None
 
     # --------------------------------------------------------- what a layout supplies
 
@@ -258,6 +261,30 @@ class SwappedLog(RepositoryLog, Generic[A]):
             "Repository.settle_async(error.token) finds out, or makes failure certain",
             token,
         )
+
+    def turn(self, branch: str) -> TurnLock | None:
+        return self._turns.setdefault(branch, TurnLock())
+
+    async def next_outcome(self) -> None:
+        # The task that swaps may not have begun.
+        await asyncio.sleep(0)
+        async with self.swapping:
+            pass
+
+    def expected(self) -> RepoState:
+        attempt = self._in_flight
+        base = self.state if attempt is None or attempt.is_told else attempt.state
+        known_base, done, state = self._expected or (base, [], base)
+        if known_base is not base or self.waiting[: len(done)] != done:
+            done, state = [], base
+        for one in self.waiting[len(done) :]:
+            with suppress(Exception):  # refused: its caller gets the error when its turn comes
+                after = state
+                for event in one.proposal.events(state):
+                    after = apply(after, event, time_us=0, since_us=one.since_us)
+                state = after
+        self._expected = base, self.waiting[:], state
+        return state
 
     async def aclose(self) -> None:
         """Stop. Calls that were not sent end with that error, calls that stay uncertain with `CommitOutcomeUnknown`."""

@@ -41,10 +41,10 @@ from icechunk.log.repository.freshness import MAX_SKEW_US, Instant, clock_error_
 from icechunk.log.repository.marker import state_of
 from icechunk.log.repository.objects import RepoObject, nonce_in_slot, read_repo, read_slot
 from icechunk.log.repository.ops_log import any_in_history, updates_of
-from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, Proposal, Propose, SwapToken, TurnLock
+from icechunk.log.repository.port import FILES_BYTES, MAX_FILES, Layout, Proposal, Propose, SwapToken
 from icechunk.log.repository.queue import Attempt, Group, Waiting, build
 from icechunk.log.repository.settle import CLOSE_GRACE_S, SwappedLog
-from icechunk.log.repository.state import MAIN, RepoState, apply
+from icechunk.log.repository.state import MAIN, RepoState
 from icechunk.log.repository.store_check import StoreCheck, may_write
 from icechunk.log.repository.tokens import settle_ended
 from icechunk.runtime.clock import Sources
@@ -84,8 +84,6 @@ class SlotAttempt(Attempt):
     """Files that are embedded in the entry, by key."""
     before: RepoState
     """The state that the events were validated against."""
-    state: RepoState
-    """The state after the events."""
     freshness: Instant
     """Age of the knowledge that the slot was the next."""
 
@@ -115,8 +113,6 @@ class LogLayout(SwappedLog[SlotAttempt]):
         self._charged = asyncio.Event()
         """Set while the newest entry of this client is in a slot whose writer writes a checkpoint."""
         self._store_check = StoreCheck(storage)
-        self._turns: dict[str, TurnLock] = {}
-        self._expected: tuple[RepoState, list[Waiting], RepoState] = (self.state, [], self.state)
         self._preparation: asyncio.Task[None] | None = None
         """Checks the store before the first swap."""
         self._asks: set[asyncio.Task[None]] = set()
@@ -236,30 +232,6 @@ class LogLayout(SwappedLog[SlotAttempt]):
         if self._storage.defers_syncs:
             # It has landed, whatever becomes of this: the next checkpoint includes it.
             await self._checkpointing.try_write(through=True)
-        return state
-
-    def turn(self, branch: str) -> TurnLock:
-        return self._turns.setdefault(branch, TurnLock())
-
-    async def next_outcome(self) -> None:
-        # The task that swaps may not have begun.
-        await asyncio.sleep(0)
-        async with self.swapping:
-            pass
-
-    def expected(self) -> RepoState:
-        attempt = self._in_flight
-        base = self.state if attempt is None or attempt.is_told else attempt.state
-        known_base, done, state = self._expected
-        if known_base is not base or self.waiting[: len(done)] != done:
-            done, state = [], base
-        for one in self.waiting[len(done) :]:
-            with suppress(Exception):  # refused: its caller gets the error when its turn comes
-                after = state
-                for event in one.proposal.events(state):
-                    after = apply(after, event, time_us=0, since_us=one.since_us)
-                state = after
-        self._expected = base, self.waiting[:], state
         return state
 
     def prepare_writes_soon(self) -> None:

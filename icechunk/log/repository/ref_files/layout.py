@@ -97,8 +97,6 @@ class _Write(Attempt):
     """The version that it replaces; None: there is none."""
     replaced: bytes
     """The mark of a branch's body that it replaces; empty: there is none, or no branch."""
-    state: RepoState
-    """The state after the change."""
     may_be_there: bool = False
     """Whether some request got no certain answer. A 412 to the first one is about another client's object."""
 
@@ -202,6 +200,9 @@ class RefFilesLayout(SwappedLog[_Write]):
         await self.prepare_writes()
         await self._view.refuse_upgraded()
         await self._view.refresh()
+
+    def turn(self, branch: str) -> None:
+        """None: each attempt holds one change."""
 
     async def _build(self, waiting: Sequence[Waiting]) -> Group:
         """The first call's proposal as a group: the format changes nothing together."""

@@ -63,8 +63,6 @@ class _Replacement(Attempt):
     copy: str
     """Key of the copy of that version."""
     data: bytes
-    state: RepoState
-    """The state after the replacement."""
 
 
 class RepoObjectLayout(SwappedLog[_Replacement]):
