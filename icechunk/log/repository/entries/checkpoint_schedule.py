@@ -2,7 +2,8 @@
 
 A checkpoint costs time in proportion to the history. So after each there is a pause of ten times as long as it took,
 at most half a minute: however long the history, writing it down takes a small share of the time, and ``repo`` is never
-far behind for long. Nor does it begin while callers wait for a swap, which it would delay, for up to a second.
+far behind for long. Nor does it begin while callers wait for a swap, which it would delay, for up to a second; nor,
+while other clients write too, before it is this client's time (`LogLayout._charge`).
 
 If syncs are deferred, as on a local disk, nothing is written in the background. Each change is written through before
 its caller is notified, ``repo`` included, however long the history: readers of the format find the change when its
