@@ -212,7 +212,7 @@ def _steps_onto(
 ) -> tuple[ObjectId, list[Step] | None] | None:
     """The newest snapshot of a line that is in the tip's history, and the commits after it, oldest first; None where
     there is none at ``base`` or after it."""
-    join, steps = tip, list[Step]()
+    join, steps, number = tip, list[Step](), line.numbers.get(base)
     if tip not in line.numbers:
         for record in state.ancestry(tip):
             steps.append(Step(snapshot=record.id, transactions=(*record.pruned_ancestor_tx_logs, record.id)))
@@ -221,7 +221,8 @@ def _steps_onto(
             join = record.parent
             if join in line.numbers:
                 break
-    if line.numbers.get(join, -1) < line.numbers[base]:
+    # Another thread may have taken commits from the line that did not land.
+    if number is None or line.numbers.get(join, -1) < number:
         return None
     return join, steps[::-1]
 
