@@ -57,11 +57,7 @@ FLOORS = {
     ("arrays", "update: commit, CPU"): 8.0,
     ("virtual-distinct", "1 M distinct: set"): 2.0,
     ("virtual-distinct", "1 M distinct: commit"): 2.0,
-    **{
-        ("contend", f"{tasks} tasks{sessions}, CPU"): 1.0
-        for tasks in (64, 256)
-        for sessions in ("", ", new sessions")
-    },
+    **{("contend", f"{tasks} tasks{sessions}, CPU"): 1.0 for tasks in (64, 256) for sessions in ("", ", new sessions")},
     **{
         ("contend-processes", f"{count} processes{behind}"): 3.0
         for count in COUNTS

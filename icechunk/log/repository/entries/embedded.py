@@ -5,9 +5,9 @@ They must be objects before a checkpoint passes the entry, since a client that o
 So:
 
 - the writer puts them in the background once its entry has landed, and not before its waiting callers, since a put
-  takes as much of the loop's time as a third of a small commit, nor while other clients write too, whose checkpoints put
-  them; if syncs are deferred, as on a local disk, it puts them before it notifies any caller, without waiting for the
-  disk;
+  takes as much of the loop's time as a third of a small commit, nor while other clients write too, whose checkpoints
+  put them; if syncs are deferred, as on a local disk, it puts them before it notifies any caller, without waiting for
+  the disk;
 - a client that writes a checkpoint, or ends the log, first puts those after the marker of which it knows no object.
 
 Both put with ``If-None-Match: *``, so neither disturbs the other, and a 412 means that the object exists. An object

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from icechunk.log.repository.marker import Marker, decode_marker
 from icechunk.log.repository.open import open_repository
 from icechunk.log.repository.port import RepositoryLog
 from icechunk.runtime.clock import SYSTEM
-from icechunk.storage.local import folders
+from icechunk.storage.local import folders, storage
 from icechunk.storage.local.storage import LocalStorage
 from tests.log.repository.strategies import an_id
 from tools.simulator.writers import commit_proposal
@@ -156,6 +157,8 @@ async def opened_elsewhere(root: Path) -> tuple[RepositoryLog, list[str]]:
     synced: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folders, "fsync_folder", synced.append)
+        # On a busy machine, or without `RWF_NOWAIT`, a file is not always read at once.
+        patch.setattr(storage, "read_cached", lambda descriptor, start, count: os.pread(descriptor, count, start))
         # private: what this process has synced is not known to another one
         patch.setattr(folders, "_settled_ns", {})
         return await open_repository(LocalStorage(root), SYSTEM), synced
