@@ -128,14 +128,17 @@ class Sweep:
 
     async def _prefix(self, prefix: str) -> None:
         """List a prefix; where it is large, its parts at the same time, if the storage lists them in less time."""
-        pages = self._pages(prefix, None)
-        if not self._storage.lists_any_prefix_fast or self._limits.max_concurrent_listings == 1:
-            async with aclosing(pages):
+
+        async def walk(part: str, after: str | None) -> None:
+            async with aclosing(self._pages(part, after)) as pages:
                 async for page in pages:
                     await self._take(prefix, page)
+
+        if not self._storage.lists_any_prefix_fast or self._limits.max_concurrent_listings == 1:
+            await walk(prefix, None)
             return
         first: list[list[ObjectInfo]] = []
-        async with aclosing(pages):
+        async with aclosing(self._pages(prefix, None)) as pages:
             # A store may end a page early, so only a second one, or none, shows whether there is more.
             async for page in pages:
                 if page:
@@ -148,14 +151,8 @@ class Sweep:
             return
         after = first[-1][-1].key
         begun = after[: len(prefix) + 1]
-
-        async def walk(part: str) -> None:
-            async with aclosing(self._pages(part, after)) as pages:
-                async for page in pages:
-                    await self._take(prefix, page)
-
         parts = [prefix + char for char in _ALPHABET if prefix + char >= begun]
-        await run_each(walk, parts, limit=len(parts))
+        await run_each(lambda part: walk(part, after), parts, limit=len(parts))
 
     async def _pages(self, prefix: str, after: str | None) -> AsyncGenerator[list[ObjectInfo], None]:
         """The pages of a listing; each waits until few others are listed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -45,6 +45,18 @@ def a_line(commits: LandedCommits) -> Line:
     line = commits.line("main", id_of(0))
     assert line is not None
     return line
+
+
+def count_additions(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A counter whose next number is that of the commits that have been added up from now on."""
+    added, add = itertools.count(), Landed.add
+
+    def counted(self: Landed, transactions: Sequence[TransactionLog]) -> None:
+        next(added)
+        add(self, transactions)
+
+    monkeypatch.setattr(Landed, "add", counted)
+    return added
 
 
 def test_each_base_in_a_line_has_the_commits_after_it() -> None:
@@ -96,14 +108,7 @@ async def test_commits_from_many_bases_are_added_up_once(
 ) -> None:
     """Each task commits again and again from a new session, so that every base is another one."""
     tasks, rounds = 24, 6
-    added = itertools.count()
-    add = Landed.add
-
-    def counted(self: Landed, transactions: Sequence[TransactionLog]) -> None:
-        next(added)
-        add(self, transactions)
-
-    monkeypatch.setattr(Landed, "add", counted)
+    added = count_additions(monkeypatch)
     repo = await Repository.create_async(icechunk.in_memory_storage(), spec_version=spec_version)
     session = await repo.writable_session_async("main")
     await zarr.api.asynchronous.create_array(store=session.store, name="a", shape=(tasks,), chunks=(1,), dtype="u1")
@@ -130,13 +135,6 @@ async def test_commits_from_many_bases_are_added_up_once(
 async def test_two_branches_that_are_committed_to_in_turn_are_not_added_up_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    added = itertools.count()
-    add = Landed.add
-
-    def counted(self: Landed, transactions: Sequence[TransactionLog]) -> None:
-        next(added)
-        add(self, transactions)
-
     repo = await Repository.create_async(icechunk.in_memory_storage())
     session = await repo.writable_session_async("main")
     await zarr.api.asynchronous.create_array(store=session.store, name="a", shape=(40,), chunks=(1,), dtype="u1")
@@ -146,7 +144,7 @@ async def test_two_branches_that_are_committed_to_in_turn_are_not_added_up_anew(
     waiting = {branch: await repo.writable_session_async(branch) for branch in ("main", "other")}
     for branch, one in waiting.items():
         await one.store.set("a/c/39", prototype.buffer.from_bytes(branch[:1].encode()))
-    monkeypatch.setattr(Landed, "add", counted)
+    added = count_additions(monkeypatch)
     for turn in range(20):
         for branch in ("main", "other"):
             before = await repo.writable_session_async(branch)

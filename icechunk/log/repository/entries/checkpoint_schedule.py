@@ -34,7 +34,7 @@ from icechunk.log.repository.entries.checkpoint import (
 from icechunk.log.repository.entries.client import LogView
 from icechunk.log.repository.entries.following import FollowingCheckpoint
 from icechunk.log.repository.entries.reader import Head
-from icechunk.log.repository.objects import RepoObject, read_repo
+from icechunk.log.repository.objects import RepoObject
 from icechunk.log.repository.state import RepoState
 from icechunk.log.repository.store_check import require_atomic
 from icechunk.runtime.tasks import finish_task
@@ -91,14 +91,7 @@ class Checkpointing:
             if head.state.sealed:
                 await view.leave_sealed()
                 return
-            if view.embeds_much:
-                # A checkpoint of another client may have put most of them.
-                found = await read_repo(view.storage, view.sources)
-                if found is None or found.known.marker is None or found.known.marker.epoch != head.epoch:
-                    await self._lost(found, head.epoch)
-                    return
-                view.repo_is(found.known)
-            written = await write(head)
+            written = await view.look_at_repo() or await write(head)
             if isinstance(written, LostRepo):
                 await self._lost(written.found, head.epoch)
                 return

@@ -21,7 +21,7 @@ from typing import Final
 from icechunk.errors import AccessDeniedError, FormatError, IcechunkError, ObjectNotFoundError, StorageError
 from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.keys import REPO_KEY, snapshot_key
-from icechunk.log.repository.entries.checkpoint import Written, finish_conversion
+from icechunk.log.repository.entries.checkpoint import LostRepo, Written, finish_conversion
 from icechunk.log.repository.entries.crowd import Crowd, new_tag
 from icechunk.log.repository.entries.embedded import EmbeddedFiles
 from icechunk.log.repository.entries.reader import (
@@ -264,19 +264,19 @@ class LogView:
         """Whether putting the embedded files before a checkpoint costs more than reading ``repo`` first."""
         return len(self.embedded) > _MANY_FILES or self.embedded.dropped > self.checkpoint_n
 
-    async def learn_checkpoint(self) -> None:
-        """See which entries ``repo`` holds by now, if that is cheaper than to put their files once more."""
+    async def look_at_repo(self) -> LostRepo | None:
+        """Learn which entries ``repo`` holds, if many files are embedded: another client's checkpoint may have
+        put most of them. `LostRepo`: it is no checkpoint of this log any more."""
         if not self.embeds_much:
-            return
+            return None
+        epoch = self.head.epoch
         found = await read_repo(self.storage, self.sources)
-        marker = None if found is None else found.known.marker
-        if (
-            found is not None
-            and marker is not None
-            and marker.epoch == self.head.epoch
-            and marker.n > self.checkpoint_n
-        ):
+        if found is None or found.known.marker is None or found.known.marker.epoch != epoch:
+            return LostRepo(found=found)
+        # An answer may be older than a checkpoint that this client has written meanwhile.
+        if self.head.epoch == epoch and found.known.marker.n >= self.checkpoint_n:
             self.repo_is(found.known)
+        return None
 
     async def embedded_files(self, after: int, end: int) -> Mapping[str, bytes]:
         """As `icechunk.log.repository.entries.embedded.Embedded.embedded_files`."""

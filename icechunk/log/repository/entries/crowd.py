@@ -145,11 +145,11 @@ class Crowd:
     def is_busy(self, now_us: int) -> bool:
         """Whether other clients write at the same time: their entries come soon one after the other."""
         pace_us = self._pace_us
-        return (
-            0 < pace_us <= _FAST_US
-            and now_us - self._seen[-1][1] <= _OBSERVED * pace_us
-            and any(of_others for _, _, of_others in self._seen)
-        )
+        return 0 < pace_us <= _FAST_US and now_us - self._seen[-1][1] <= _OBSERVED * pace_us and self._others_write
+
+    @property
+    def _others_write(self) -> bool:
+        return any(of_others for _, _, of_others in self._seen)
 
     def expected(self, now_us: int) -> int:
         """Number of entries that other clients may have added since the newest one was read, about.
@@ -157,7 +157,7 @@ class Crowd:
         0: unknown; so many that a listing is cheaper; or entries come slowly, or from this client alone.
         """
         pace_us = self._pace_us
-        if not pace_us or not any(of_others for _, _, of_others in self._seen):
+        if not pace_us or not self._others_write:
             return 0
         expected = 1 + int((now_us - self._seen[-1][1]) / pace_us)
         if self.interval_us:

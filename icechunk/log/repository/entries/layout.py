@@ -401,7 +401,8 @@ class LogLayout(SwappedLog[SlotAttempt]):
         while self._is_crowded():
             await self._sources.sleep(_CROWD_LOOK_S)
         with suppress(IcechunkError, OSError):
-            await self.view.learn_checkpoint()
+            # A `repo` that is lost is found by the next swap or checkpoint too.
+            await self.view.look_at_repo()
 
     def _note_swap(self, took_s: float) -> None:
         super()._note_swap(took_s)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from itertools import chain, pairwise, repeat
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from icechunk.format.by_node import ByNode, Part, grouped_coords, num_rows
+from icechunk.format.by_node import ByNode, Coords, Part, grouped_coords, num_rows
 from icechunk.format.ids import NodeId, ObjectId
 from icechunk.format.snapshot.nodes import with_ids
 from icechunk.format.values import Move, NodeKind, NodeSnapshot, Snapshot, TransactionLog
@@ -259,7 +259,6 @@ def _moved_in_a_row(first: Sequence[Move], second: Sequence[Move], without: froz
     return tuple(sorted(kept, key=move_order))
 
 
-Coords: TypeAlias = npt.NDArray[np.uint32]
 _TOGETHER: Final = 1 << 18
 """Coordinates that are sorted together. With more, those of each array take most of the time, and need less memory."""
 

@@ -7,15 +7,13 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from icechunk.format.by_node import Coords
 from icechunk.format.ids import NodeId
 from icechunk.format.values import TransactionLog
 from icechunk.log.session.columns import CoordIndex
 
 __all__ = ["Landed", "LandedSince"]
-
-Coords = npt.NDArray[np.uint32]
 
 _FEW_ROWS: Final = 1024
 """Rows of one array in one commit up to which each is kept as a key; more are searched as a column."""
@@ -103,32 +101,6 @@ class Landed:
         """The changes of the commits after that one; 0: of all."""
         return LandedSince(self, number)
 
-    def moved(self, after: int) -> Collection[str]:
-        """Former paths of nodes that moved in the commits after one."""
-        return [path for path, number in self._moved.copy().items() if number > after]
-
-    def has_updated(self, node_id: NodeId, after: int) -> bool:
-        """Whether the metadata of a node was changed in the commits after one."""
-        return self._updated.get(node_id, 0) > after
-
-    def has_touched(self, node_id: NodeId, after: int) -> bool:
-        """Whether any chunk of an array was added, replaced or deleted in the commits after one."""
-        return self._touched.get(node_id, 0) > after
-
-    def written(self, node_id: NodeId, coords: Coords, after: int) -> Coords:
-        """The coordinates that were changed in the commits after one, in the same order."""
-        both = np.zeros(len(coords), np.bool_)
-        if not self.has_touched(node_id, after):
-            return coords[both]
-        keys: Mapping[bytes, int] = self._keys.get(node_id, {})
-        if keys:
-            both |= np.fromiter((keys.get(key, 0) > after for key in _row_keys(coords)), np.bool_, len(coords))
-        for number, rank, index in self._columns.get(node_id, ()):
-            # An array may have changed its rank.
-            if number > after and rank == coords.shape[1]:
-                both |= index.find_rows(coords) >= 0
-        return coords[both]
-
 
 class LandedSince(NamedTuple):
     """The changes of the commits after one of several in a row, those included that are added later."""
@@ -140,19 +112,30 @@ class LandedSince(NamedTuple):
     @property
     def moved(self) -> Collection[str]:
         """Former paths of nodes that moved."""
-        return self.landed.moved(self.after)
+        return [path for path, number in self.landed._moved.copy().items() if number > self.after]
 
     def has_updated(self, node_id: NodeId) -> bool:
         """Whether the metadata of a node was changed."""
-        return self.landed.has_updated(node_id, self.after)
+        return self.landed._updated.get(node_id, 0) > self.after
 
     def has_touched(self, node_id: NodeId) -> bool:
         """Whether any chunk of an array was added, replaced or deleted."""
-        return self.landed.has_touched(node_id, self.after)
+        return self.landed._touched.get(node_id, 0) > self.after
 
     def written(self, node_id: NodeId, coords: Coords) -> Coords:
         """The coordinates that were changed, in the same order."""
-        return self.landed.written(node_id, coords, self.after)
+        landed, after = self.landed, self.after
+        both = np.zeros(len(coords), np.bool_)
+        if not self.has_touched(node_id):
+            return coords[both]
+        keys: Mapping[bytes, int] = landed._keys.get(node_id, {})
+        if keys:
+            both |= np.fromiter((keys.get(key, 0) > after for key in _row_keys(coords)), np.bool_, len(coords))
+        for number, rank, index in landed._columns.get(node_id, ()):
+            # An array may have changed its rank.
+            if number > after and rank == coords.shape[1]:
+                both |= index.find_rows(coords) >= 0
+        return coords[both]
 
 
 def _row_keys(coords: Coords) -> list[bytes]:

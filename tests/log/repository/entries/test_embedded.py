@@ -65,6 +65,13 @@ class Client:
         self.far.puts.clear()
         return log
 
+    async def checkpoint_n(self) -> int:
+        """The last slot that ``repo`` holds."""
+        found = await read_repo(self.store, self.sources)
+        assert found is not None
+        assert found.known.marker is not None
+        return found.known.marker.n
+
     async def commit(self, log: RepositoryLog) -> None:
         id = ObjectId(self.rng.randbytes(12))
         proposal = commit_proposal(id, "main", now_us=self.sources.wall_us())
@@ -155,11 +162,8 @@ def test_in_a_crowd_each_file_is_put_about_once_and_repo_is_seldom_written() -> 
         logs = await crowd(client, 8)
         commits = max(log.n for log in logs)
         assert commits > 150
-        written = await read_repo(client.store, client.sources)
-        assert written is not None
-        assert written.known.marker is not None
         # The writer of each 16th slot brings it up to the head, in a few round trips.
-        assert commits - written.known.marker.n < 48
+        assert commits - await client.checkpoint_n() < 48
         # If each client put its own files, and wrote checkpoints on its own, it would be twice as many.
         assert len(client.far.began_s("snapshots/")) < 1.5 * commits
         assert len(client.far.began_s("repo")) < commits / 8
@@ -176,10 +180,7 @@ def test_after_a_crowd_the_rest_is_put_soon() -> None:
         await asyncio.sleep(5)
         put = {key for _, key in client.far.puts if key.startswith("snapshots/")}
         assert len(put) == commits
-        written = await read_repo(client.store, client.sources)
-        assert written is not None
-        assert written.known.marker is not None
-        assert written.known.marker.n == commits
+        assert await client.checkpoint_n() == commits
         for log in logs:
             await log.aclose()
 

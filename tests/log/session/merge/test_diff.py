@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icechunk.format.by_node import coords_by_node, coords_part
+from icechunk.format.by_node import Coords, coords_by_node, coords_part
 from icechunk.format.ids import NodeId
 from icechunk.format.values import Snapshot, TransactionLog
 from icechunk.log.session.log import SessionLog
 from icechunk.log.session.merge import diff as diff_module
-from icechunk.log.session.merge.diff import Changes, Coords, diff, united
+from icechunk.log.session.merge.diff import Changes, diff, united
 from tests.log.session.builders import GROUP, Repo, array_json, group_json
 
 
