@@ -29,6 +29,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
+from icechunk.storage.local import files as local_files
 from icechunk.storage.local import folders as local_folders
 from icechunk.storage.local import syncs
 from icechunk.storage.local.syncs import Promises
@@ -237,6 +238,8 @@ _PATCHED: Final = {
 """Calls of the system that are recorded, and by what."""
 _TOGETHER: Final = syncs.fsync_together.__name__
 """Under this name `folders` has the sync of all files at once, which is replaced in place of the system's call."""
+_EXCHANGE: Final = "_exchange"
+"""Under this name `files` has the system's call that gives two files each other's name."""
 _RANGE: Final = "_sync_file_range"
 """Under this name `syncs` has the system's call that hands over."""
 _HANDED_OVER: Final = 7
@@ -256,6 +259,7 @@ class Recorder:
         """Descriptors of folders, by path, and of files, by number."""
         self._count = 0
         self._real: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in _PATCHED}
+        self._real_exchange = getattr(local_files, _EXCHANGE)
         self._real_range = getattr(syncs, _RANGE)
         if root.is_dir():
             self._note_present(root)
@@ -285,6 +289,7 @@ class Recorder:
         """Record until the end of the block."""
         for name, method in _PATCHED.items():
             setattr(os, name, getattr(self, method))
+        setattr(local_files, _EXCHANGE, self._exchange)
         setattr(local_folders, _TOGETHER, self._fsync_together)
         setattr(syncs, _RANGE, lambda: self._sync_file_range)
         try:
@@ -292,6 +297,7 @@ class Recorder:
         finally:
             setattr(syncs, _RANGE, self._real_range)
             setattr(local_folders, _TOGETHER, syncs.fsync_together)
+            setattr(local_files, _EXCHANGE, self._real_exchange)
             for name, real in self._real.items():
                 setattr(os, name, real)
 
@@ -381,6 +387,16 @@ class Recorder:
                 self._files[new] = self._files.pop(old)
                 self._note("name", new, self._files[new])
                 self._note("gone", old)
+
+    def _exchange(self, one: str, other: str) -> bool:
+        with self._lock:
+            exchanged = bool(self._real_exchange(one, other))
+            first, second = self._inside(one), self._inside(other)
+            if exchanged and first is not None and second is not None:
+                self._files[first], self._files[second] = self._files[second], self._files[first]
+                self._note("name", second, self._files[second])
+                self._note("name", first, self._files[first])
+            return exchanged
 
     def _mkdir(self, path: Any, *arguments: Any, **options: Any) -> None:
         with self._lock:

@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
+from functools import cache
 from typing import Final
 
 from icechunk.errors import ErrorKind, InvalidInputError, StorageError
@@ -50,6 +51,7 @@ __all__ = [
     "path_of",
     "publish_new",
     "read_file",
+    "replace_lazily",
     "sweep",
     "temporary_name",
     "try_stat",
@@ -67,6 +69,7 @@ else:
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EINVAL})
 _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
+_RENAME_EXCHANGE: Final = 2
 _RENAME_EXCL: Final = 4
 _LOCK_PATIENCE_S: Final = 60.0
 _LARGE_BYTES: Final = 512 * 1024
@@ -240,27 +243,56 @@ def _rename_exclusively(source: str, target: str) -> bool:
     if sys.platform == "win32":
         os.rename(source, target)
         return True
-    library = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "darwin":
-        rename = getattr(library, "renamex_np", None)
-        arguments: tuple[object, ...] = (os.fsencode(source), os.fsencode(target), ctypes.c_uint(_RENAME_EXCL))
-    else:
-        rename = getattr(library, "renameat2", None)
-        arguments = (
-            _AT_FDCWD,
-            os.fsencode(source),
-            _AT_FDCWD,
-            os.fsencode(target),
-            ctypes.c_uint(_RENAME_NOREPLACE),
-        )
+        return _call_rename("renamex_np", target, os.fsencode(source), os.fsencode(target), _RENAME_EXCL)
+    return _renameat2(source, target, _RENAME_NOREPLACE)
+
+
+def replace_lazily(temporary: str, target: str) -> None:
+    """As `os.replace`, for a file of which it does not matter when the medium gets it.
+
+    ext4 begins to write a file that replaces another by a rename at once (its option ``auto_da_alloc``). That takes
+    longer than all else that a small change does in the page cache, and most of these files are replaced again before
+    the medium needs them. An exchange of two names is as atomic for readers, and ext4 leaves such a file for later.
+    """
+    try:
+        exchanged = _exchange(temporary, target)
+    except OSError:
+        # As on some network file systems. If there is more to it, the other call has the same error.
+        exchanged = False
+    if not exchanged:
+        os.replace(temporary, target)
+        return
+    # The object is there now; the old one that stays is swept later.
+    with contextlib.suppress(OSError):
+        os.unlink(temporary)
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Give two files each other's name. False where the system has no such operation."""
+    return sys.platform == "linux" and _renameat2(one, other, _RENAME_EXCHANGE)
+
+
+def _renameat2(source: str, target: str, flags: int) -> bool:
+    return _call_rename("renameat2", target, _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags)
+
+
+def _call_rename(name: str, target: str, *arguments: int | bytes) -> bool:
+    """Call this function of the C library, whose last argument is unsigned. False where the system does not have it."""
+    rename = getattr(_c_library(), name, None)
     if rename is None:
         return False
-    if rename(*arguments) == 0:
+    if rename(*arguments[:-1], ctypes.c_uint(int(arguments[-1]))) == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), target)
+
+
+@cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 @contextlib.contextmanager

@@ -65,6 +65,7 @@ from icechunk.storage.local.files import (
     publish_new,
     read_cached,
     read_file,
+    replace_lazily,
     sweep,
     temporary_name,
     try_stat,
@@ -545,7 +546,7 @@ class LocalStorage(Storage):
             with self._translated("write", key, writes=True, names=True):
                 self._folders.make(folder, durable=synced and not self._folders.promises.names_follow_files)
                 named_ns = time.time_ns()
-                self._publish(key, path, temporary, precondition)
+                self._publish(key, path, temporary, precondition, synced=synced)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
@@ -691,11 +692,14 @@ class LocalStorage(Storage):
             status = write()
         return path, PutResult(version=version_of(status), date_us=self._sources.wall_us())
 
-    def _publish(self, key: str, path: str, temporary: str, precondition: Precondition) -> None:
+    def _publish(self, key: str, path: str, temporary: str, precondition: Precondition, *, synced: bool) -> None:
         if isinstance(precondition, Matches):
             with self._locked():
                 self._require_version(key, path, precondition.version)
-                os.replace(temporary, path)
+                if synced:
+                    os.replace(temporary, path)
+                else:
+                    replace_lazily(temporary, path)
             return
         try:
             self._publish_new(temporary, path)

@@ -126,3 +126,46 @@ def test_names_that_are_no_keys_and_the_reserved_folder_are_left_out(tmp_path: P
         (tmp_path / name).write_bytes(b"")
     assert [info.key for info in walk(str(tmp_path), "", None)] == ["a-b", "a/.aioicechunk", "a/b", "b"]
     assert [info.key for info in walk(str(tmp_path), "a", "a-b")] == ["a/.aioicechunk", "a/b"]
+
+
+def _fail_with(code: int) -> Any:
+    def fail(one: str, other: str) -> bool:
+        raise OSError(code, os.strerror(code), other)
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "exchange", [files._exchange, lambda one, other: False, _fail_with(errno.EIO)], ids=["here", "absent", "failing"]
+)
+def test_a_file_replaces_another_wherever_names_can_be_exchanged_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: Any
+) -> None:
+    monkeypatch.setattr(files, "_exchange", exchange)
+    new, old = tmp_path / "new", tmp_path / "old"
+    new.write_bytes(b"new")
+    old.write_bytes(b"old")
+    with open(old, "rb") as reader:
+        files.replace_lazily(str(new), str(old))
+        assert reader.read() == b"old"
+    assert old.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["old"]
+
+
+@linux_only
+def test_a_file_that_replaces_another_takes_its_place_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    new.write_bytes(b"old")
+    old.write_bytes(b"new")
+    if not files._exchange(str(new), str(old)):
+        pytest.skip("names cannot be exchanged on this file system")
+    real = os.unlink
+
+    def unlink(path: str) -> None:
+        assert (new.read_bytes(), old.read_bytes()) == (b"old", b"new")
+        real(path)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.delattr(os, "replace")
+    files.replace_lazily(str(new), str(old))
+    assert os.listdir(tmp_path) == ["old"]
