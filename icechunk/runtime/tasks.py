@@ -5,12 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, aclosing
-from typing import Any, Final, TypeVar
+from contextlib import AbstractContextManager, ExitStack, aclosing, suppress
+from typing import Any, Final, Generic, TypeVar
 
 from icechunk.runtime.threads import ProcessPool
 
-__all__ = ["finish_task", "in_thread", "run_all", "run_each", "run_jobs", "run_pair", "run_stream", "shielded"]
+__all__ = [
+    "finish_task",
+    "in_thread",
+    "run_all",
+    "run_each",
+    "run_jobs",
+    "run_pair",
+    "run_stream",
+    "shielded",
+    "to_its_end",
+]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -136,6 +146,79 @@ async def in_thread(work: Callable[[], T], *, limiter: asyncio.Semaphore | None 
         release = held.pop_all()
         done.add_done_callback(lambda _: release.close())
         return await asyncio.shield(done)
+
+
+class _Call(Generic[T]):
+    """Work in a thread, and the task that waits for it: with less in between than two kinds of futures."""
+
+    __slots__ = ("_arguments", "_error", "_loop", "_result", "_told", "_work", "is_done")
+
+    def __init__(self, work: Callable[..., T], arguments: tuple[Any, ...]) -> None:
+        self._work = work
+        self._arguments = arguments
+        self._loop = asyncio.get_running_loop()
+        self._told = self._loop.create_future()
+        self._result: T
+        self._error: BaseException | None = None
+        self.is_done = False
+
+    def run(self) -> None:
+        try:
+            self._result = self._work(*self._arguments)
+        except BaseException as error:  # raised in the task
+            self._error = error
+
+    def tell(self) -> None:
+        # The loop may have been closed.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        self.is_done = True
+        if not self._told.done():
+            self._told.set_result(None)
+
+    async def wait(self) -> None:
+        if self._told.cancelled():
+            self._told = self._loop.create_future()
+        await self._told
+
+    def outcome(self) -> T:
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+            return self._result
+        finally:
+            # Its traceback has this frame.
+            del error
+
+
+async def to_its_end(pool: ProcessPool, work: Callable[..., T], *arguments: Any) -> T:
+    """Run blocking work in a thread and wait for its end, also when cancelled: nothing of it happens afterwards."""
+    call = _Call(work, arguments)
+    try:
+        pool.start(call.run, call.tell)
+    except RuntimeError:
+        if not _pools_are_closed():
+            raise
+        # The interpreter is shutting down and starts no threads; a last checkpoint still has to be written.
+        return work(*arguments)
+    try:
+        await call.wait()
+    except asyncio.CancelledError:
+        with shielded():
+            while not call.is_done:
+                with suppress(asyncio.CancelledError):
+                    await call.wait()
+        raise
+    return call.outcome()
+
+
+def _pools_are_closed() -> bool:
+    from concurrent.futures import thread
+
+    return bool(getattr(thread, "_shutdown", False))
 
 
 def shielded() -> AbstractContextManager[Any]:

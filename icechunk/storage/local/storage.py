@@ -50,7 +50,7 @@ from icechunk.errors import (
 from icechunk.format.keys import CHUNKS_PREFIX, MANIFESTS_PREFIX, SNAPSHOTS_PREFIX, TRANSACTIONS_PREFIX
 from icechunk.runtime.clock import SYSTEM, Sources
 from icechunk.runtime.pickles import instance_of_state
-from icechunk.runtime.tasks import run_jobs, shielded
+from icechunk.runtime.tasks import run_jobs, to_its_end
 from icechunk.runtime.threads import ProcessPool
 from icechunk.storage.buffers import Buffers
 from icechunk.storage.local.direct import DirectWrites
@@ -347,23 +347,7 @@ class LocalStorage(Storage):
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Run blocking work in a thread and wait for its end, also when cancelled: nothing lands afterwards."""
-        try:
-            future = asyncio.get_running_loop().run_in_executor(_THREADS_OF_PROCESS.here(), work, *arguments)
-        except RuntimeError:
-            if not _pools_are_closed():
-                raise
-            # The interpreter is shutting down and starts no threads; the last checkpoint still has to be written.
-            return work(*arguments)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            with shielded():
-                while not future.done():
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.wait([future])
-            if not future.cancelled():
-                future.exception()  # retrieved, so that asyncio does not log it
-            raise
+        return await to_its_end(_THREADS_OF_PROCESS, work, *arguments)
 
     # -- blocking work ---------------------------------------------------------------------------------------------
 
@@ -849,12 +833,6 @@ class _Making:
 
 def _take(found: Iterator[ObjectInfo], count: int) -> list[ObjectInfo]:
     return list(itertools.islice(found, count))
-
-
-def _pools_are_closed() -> bool:
-    from concurrent.futures import thread
-
-    return bool(getattr(thread, "_shutdown", False))
 
 
 def _remedy(code: int | None) -> str:
