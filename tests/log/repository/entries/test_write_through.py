@@ -157,7 +157,8 @@ async def opened_elsewhere(root: Path) -> tuple[RepositoryLog, list[str]]:
     synced: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folders, "fsync_folder", synced.append)
-        # On a busy machine, or without `RWF_NOWAIT`, a file is not always read at once.
+        # On a busy machine, or where Python has no `RWF_NOWAIT`, a file is not always read at once.
+        patch.setattr(storage, "TELLS_CACHED", True)
         patch.setattr(storage, "read_cached", lambda descriptor, start, count: os.pread(descriptor, count, start))
         # private: what this process has synced is not known to another one
         patch.setattr(folders, "_settled_ns", {})
