@@ -26,11 +26,13 @@ ANSWERED_S = 1.5
 """An answered read takes milliseconds; a reader that joins a stuck request for longer than this waits for another."""
 
 CHILD = """
-    import sys, time
+    import signal, sys, time
     import numpy as np
     import zarr
     import icechunk
 
+    # A shell that runs the tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     storage = icechunk.s3_storage(
         bucket="b", prefix=None, region="us-east-1", endpoint_url=sys.argv[1], allow_http=True, force_path_style=True,
         anonymous=True,

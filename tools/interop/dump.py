@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -80,9 +81,22 @@ def _snapshot(repo: Any, info: Any, *, parts: bool) -> dict[str, Any]:
     }
 
 
+class _Here(ThreadPoolExecutor):
+    """Runs work at once: zarr gives each chunk to a thread, which takes longer than decoding a small one."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
 async def _nodes(store: Any, *, parts: bool) -> dict[str, Any]:
     from zarr.core.buffer import default_buffer_prototype
 
+    asyncio.get_running_loop().set_default_executor(_Here())
     keys = sorted([key async for key in store.list()])
     nodes: dict[str, Any] = {}
     for key in keys:

@@ -349,6 +349,8 @@ def test_a_change_to_a_repository_that_was_removed_is_refused(tmp_path: Path) ->
 PROGRAM = """
 import os, shutil, signal, sys
 import icechunk, zarr
+# A shell that runs the tests in the background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 root = sys.argv[1]
 repo = icechunk.Repository.create(icechunk.local_filesystem_storage(root))
 session = repo.writable_session("main")
