@@ -16,7 +16,7 @@ import numpy.typing as npt
 from icechunk.format.ids import NodeId
 from icechunk.runtime.late_dataclass import dataclass
 
-__all__ = ["ByNode", "Coords", "Part", "by_rank", "coords_by_node", "grouped_coords", "num_rows", "owners"]
+__all__ = ["ByNode", "Coords", "Part", "by_rank", "coords_by_node", "grouped_coords", "is_twice", "num_rows", "owners"]
 
 T = TypeVar("T")
 
@@ -170,6 +170,23 @@ def by_rank(
         present = (sizes > 0) | empty if ndim == 0 else sizes > 0
         edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[present])])
         yield ndim, np.flatnonzero(present), edges, slice(None) if own.all() else own
+
+
+def is_twice(ids: npt.NDArray[np.uint64], file_of: npt.NDArray[np.int64]) -> bool:
+    """Whether an array is listed twice in one of several files.
+
+    Parameters
+    ----------
+    ids
+        uint64[n]: ids of the arrays, as numbers of either byte order.
+    file_of
+        int64[n]: number of the file that each of them is listed in, ascending.
+    """
+    # Stable, so that the files of one array stay ascending.
+    ids = ids.astype(np.uint64)
+    order = np.argsort(ids, kind="stable")
+    ids, files = ids[order], file_of[order]
+    return bool(((ids[1:] == ids[:-1]) & (files[1:] == files[:-1])).any())
 
 
 def coords_by_node(parts: Iterable[Part[Coords]]) -> ByNode[Coords]:

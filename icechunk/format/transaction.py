@@ -15,10 +15,19 @@ from itertools import pairwise
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
-from icechunk.format.by_node import ByNode, Coords, Part, by_rank, coords_by_node, grouped_coords, num_rows, owners
+from icechunk.format.by_node import (
+    ByNode,
+    Coords,
+    Part,
+    by_rank,
+    coords_by_node,
+    grouped_coords,
+    is_twice,
+    num_rows,
+    owners,
+)
 from icechunk.format.envelope import DEFAULT_LEVEL, FileType, seal, unseal
 from icechunk.format.flat.flatbuffers import (
     MAX_BYTES,
@@ -386,7 +395,7 @@ def _updated(buffer: Buffer, starts: Positions, counts: Positions) -> list[ByNod
         raise buffer.fail("an array with updated chunks lacks the required field 'chunks'")
     own_ids = gather(buffer, ids.positions, f"V{_NODE_ID_SIZE}")
     nodes: list[NodeId] = own_ids.tolist()
-    if _is_twice(own_ids.view(">u8").astype(np.uint64), log_of):
+    if is_twice(own_ids.view(">u8"), log_of):
         raise buffer.fail("an array is in its updated chunks twice")
     sizes = vectors.counts
     buffer.charge_tables(int(sizes.sum()))
@@ -410,14 +419,6 @@ def _updated(buffer: Buffer, starts: Positions, counts: Positions) -> list[ByNod
         parts.append(_sorted_unique(Part(present, own_edges, rows)))
         numbers.append(members)
     return _by_log(parts, numbers, logs)
-
-
-def _is_twice(nodes: npt.NDArray[np.uint64], log_of: Positions) -> bool:
-    """Whether a node is listed twice for one log; logs are numbered, ascending."""
-    # Stable, so that the logs of one node stay ascending.
-    order = np.argsort(nodes, kind="stable")
-    nodes, logs = nodes[order], log_of[order]
-    return bool(((nodes[1:] == nodes[:-1]) & (logs[1:] == logs[:-1])).any())
 
 
 def _many_chunks(buffer: Buffer, start: int, count: int) -> Coords | None:

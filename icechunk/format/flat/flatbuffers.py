@@ -88,8 +88,11 @@ class Buffer:
         self.tables_left: int = len(data) // _MIN_TABLE_BYTES + 1
         self._vtables: dict[int, tuple[int, ...]] = {}
 
-    def require_same_file(self, positions: Any, targets: Any) -> None:
-        """Check that targets are in the same file as the positions that lead to them; here all are."""
+    def files_of(self, positions: Any) -> Any:
+        """The number of the file that each position is in; None: there is only one file."""
+
+    def require_files(self, targets: Any, files: Any) -> None:
+        """Check that targets are in the files of the positions that lead to them, as `files_of`; here all are."""
 
     def fail(self, reason: str, kind: ErrorKind = ErrorKind.INVALID_FILE_FORMAT) -> FormatError:
         """The error to raise for this payload, with ``reason`` in its message."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import FormatError
-from icechunk.format.by_node import Part, by_rank, owners
+from icechunk.format.by_node import Part, by_rank, is_twice, owners
 from icechunk.format.envelope import FileType, unseal
 from icechunk.format.flat.flatbuffers import Buffer, Table, required
 from icechunk.format.flat.vectors import (
@@ -209,7 +209,7 @@ def _decode_joined(buffer: JoinedBuffer, files: Sequence[tuple[ObjectId, bytes]]
     firsts = arrays_of.starts[numbers] - 4 * (np.cumsum(counts) - counts)
     nodes, starts, sizes = _arrays(buffer, firsts[owner] + 4 * np.arange(len(owner), dtype=np.int64))
     manifests = numbers[owner]
-    if len(set(zip(manifests.tolist(), nodes, strict=True))) != len(nodes):
+    if is_twice(np.frombuffer(b"".join(nodes), ">u8"), manifests):
         raise buffer.fail("an array is in one of them twice")
     return [*alone, DecodedManifests(nodes, manifests, _decode_rows(buffer, starts, sizes, None))]
 

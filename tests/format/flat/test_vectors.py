@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from icechunk.format.flat import vectors
 from icechunk.format.flat.flatbuffers import Buffer
-from icechunk.format.flat.vectors import Vectors, is_ascending, text_traits
+from icechunk.format.flat.vectors import TableColumns, Vectors, gather, is_ascending, text_traits
 
 # Texts that share their first words, end at the edges of words, hold zeros, or are too long to be compared whole.
 COMMON = st.sampled_from([0, 1, 7, 8, 9, 16, 45, 64])
@@ -17,6 +18,52 @@ TEXTS = st.lists(
     st.builds(lambda common, own: b"x" * common + own, COMMON, st.binary(max_size=20)),
     max_size=60,
 )
+
+
+@given(
+    positions=st.lists(st.integers(0, 1000), max_size=200),
+    step=st.sampled_from([1, 2, 4]),
+    kind=st.sampled_from(["<u4", "<i4", "<u2", "u1"]),
+)
+def test_numbers_are_those_at_their_positions_whether_these_are_aligned_or_not(
+    positions: list[int], step: int, kind: str
+) -> None:
+    payload = np.random.default_rng(0).bytes(4005)
+    found = gather(Buffer(payload, "numbers"), np.array(positions, np.int64) * step, kind)
+    dtype = np.dtype(kind)
+    expected = [np.frombuffer(payload, dtype, 1, step * position)[0] for position in positions]
+    assert found.dtype == dtype
+    assert found.tolist() == expected
+
+
+# Positions of two fields in a table of 12 bytes; 0: it has no such field.
+LAYOUTS = st.lists(st.tuples(st.sampled_from([0, 4, 8]), st.sampled_from([0, 4, 8])), min_size=1, max_size=4)
+
+
+@given(layouts=LAYOUTS, runs=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), min_size=1, max_size=8))
+def test_fields_are_the_same_whether_vtables_are_compared_or_each_is_looked_up(
+    layouts: list[tuple[int, int]], runs: list[tuple[int, int]]
+) -> None:
+    payload = bytearray(b"\0\0\0\0Ichk")
+    vtables = []
+    for layout in layouts:
+        vtables.append(len(payload))
+        payload += struct.pack("<4H", 8, 12, *layout)
+    positions, expected = [], []
+    for number, count in runs:
+        for _ in range(count):
+            at = len(payload)
+            positions.append(at)
+            payload += struct.pack("<i2I", at - vtables[number % len(layouts)], at, at + 1)
+            expected.append([at + (field - 4) // 4 if field else 0 for field in layouts[number % len(layouts)]])
+    buffer = Buffer(bytes(payload), "tables")
+    for few in (0, 64):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vectors, "_FEW_VTABLES", few)
+            tables = TableColumns(buffer, np.array(positions, np.int64))
+        found = [tables.numbers(slot, "<u4").tolist() for slot in (0, 1)]
+        assert found == [list(column) for column in zip(*expected, strict=True)]
+        assert not tables.numbers(2, "<u4").any()
 
 
 @given(texts=TEXTS, in_order=st.booleans(), distinct=st.booleans(), bytes_after=st.sampled_from([0, 7, 80]))
