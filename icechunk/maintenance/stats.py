@@ -15,7 +15,7 @@ from icechunk.maintenance.byte_ranges import (
     CHUNK_ID_BYTES,
     SPAN_BYTES,
     covered_by_object,
-    native_rows,
+    joined_native_rows,
     rows,
     spans_of,
 )
@@ -120,7 +120,7 @@ class _Counter:
             self._inlined += int(refs.length[refs.kind == INLINE].sum())
             native = refs.kind == NATIVE
             if native.any():
-                self._native.add(native_rows(refs, native))
+                self._native.add(joined_native_rows(refs, native))
             virtual = refs.kind == VIRTUAL
             if virtual.any():
                 self._virtual.add(rows(self._numbers(refs, virtual), refs.offset[virtual], refs.length[virtual]))

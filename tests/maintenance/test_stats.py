@@ -20,6 +20,13 @@ import icechunk
 from icechunk.credentials import LocalFileSystemAccess
 from icechunk.format.ids import NodeId
 from icechunk.format.values import INLINE, NATIVE, ChunkRefs, Manifest
+from icechunk.maintenance.byte_ranges import (
+    CHUNK_ID_BYTES,
+    SPAN_BYTES,
+    covered_by_object,
+    joined_native_rows,
+    native_rows,
+)
 from icechunk.maintenance.limits import Limits
 from icechunk.maintenance.reachability import (
     Budget,
@@ -106,6 +113,33 @@ def test_bytes_of_shared_objects_count_once_however_ranges_overlap(spans: list[t
     assert counter.result().native_bytes == len(expected)
 
 
+STEPS = st.lists(st.tuples(st.booleans(), st.sampled_from([0, 0, 0, 5]), st.sampled_from([0, 1, 7, 2**64 - 8])))
+
+
+@given(STEPS)
+def test_ranges_that_adjoin_are_joined_and_cover_the_same_bytes(steps: list[tuple[bool, int, int]]) -> None:
+    spans: list[tuple[int, int, int]] = [(0, 0, 3)]
+    for same, gap, length in steps:
+        object, start, size = spans[-1]
+        spans.append((object if same else 1 - object, (start + size + gap) % 2**64, length))
+    refs = ChunkRefs(
+        coords=np.arange(len(spans), dtype=np.uint32)[:, None],
+        kind=np.full(len(spans), NATIVE, np.uint8),
+        offset=np.array([span[1] for span in spans], np.uint64),
+        length=np.array([span[2] for span in spans], np.uint64),
+        chunk_id=np.frombuffer(b"".join(b"id of chunk" + bytes([span[0]]) for span in spans), "V12"),
+        location=np.full(len(spans), -1, np.int32),
+    )
+    everything = np.ones(len(spans), np.bool_)
+    found = []
+    for rows_of in (native_rows, joined_native_rows):
+        rows = RowSet(CHUNK_ID_BYTES + SPAN_BYTES)
+        rows.add(rows_of(refs, everything))
+        names, covered = covered_by_object(rows.rows)
+        found.append((names.tolist(), covered.tolist()))
+    assert found[0] == found[1]
+
+
 @given(st.lists(st.lists(st.binary(min_size=3, max_size=3))), st.lists(st.binary(min_size=3, max_size=3)))
 def test_a_set_of_rows_is_a_set(parts: list[list[bytes]], asked: list[bytes]) -> None:
     rows = RowSet(3)
@@ -142,7 +176,7 @@ def test_of_many_equal_rows_few_are_left() -> None:
     assert len(unseen.add(rows[:10])) <= 10
 
 
-@pytest.mark.parametrize("width", [4, 12, 16, 20, 24])
+@pytest.mark.parametrize("width", [8, 16, 24, 40])
 @pytest.mark.parametrize("byte", [b"\0", b"\xff"])
 def test_rows_of_equal_bytes_are_seen_like_others(width: int, byte: bytes) -> None:
     unseen = Unseen(width)
