@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple
+
+import numpy as np
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
 from icechunk.format.envelope import FileType, seal, unseal
@@ -19,10 +21,11 @@ from icechunk.format.flat.flatbuffers import (
     Table,
     Value,
     Written,
+    all_utf8,
     required,
     u8,
-    utf8,
 )
+from icechunk.format.flat.vectors import copy_spans, put
 from icechunk.format.ids import ObjectId
 from icechunk.format.metadata import metadata_from_tables, metadata_tables
 from icechunk.format.repo.repo_info import (
@@ -168,11 +171,15 @@ def _payload(info: RepoInfo) -> tuple[bytearray, SnapshotRows, Run]:
     return FlatWriter().finish(FlatTable(root)), rows, update_runs[0]
 
 
-_REF: Final = struct.Struct("<iIII")
-"""A branch's or tag's table (its vtable, its name, the number of its snapshot), and the length of the name."""
-
-
+_REF: Final = np.dtype([("vtable", "<i4"), ("name_at", "<u4"), ("number", "<u4"), ("name_bytes", "<u4")])
+"""A branch's or tag's table (its vtable, its name, the number of its snapshot), and the length of the name, which
+follows, 8 bytes behind the field that points to it. Then come one to four zeros."""
+_NAME_AT: Final = 8
+_ONE_REF: Final = struct.Struct("<iIII")
+"""The same, of one of a few."""
 _ZEROS: Final = [bytes(count) for count in range(5)]
+_FEW_REFS: Final = 24
+"""Up to so many take less time one by one than as columns."""
 
 
 def _utf8(text: str) -> bytes:
@@ -181,43 +188,72 @@ def _utf8(text: str) -> bytes:
 
 def _refs_vector(what: str, refs: Mapping[str, ObjectId], rows: SnapshotRows) -> Written:
     """The vector of the tables of branches or tags, which is written again with every change of the repository."""
-    names = sorted([(utf8(name), name) for name in refs])
+    # Texts are in the order of their UTF-8.
+    names = sorted(refs)
+    raw = all_utf8(names)
     # Many refs may point to one snapshot: it is searched for once.
     number_of = {target: rows.number(target) for target in set(refs.values())}
-    numbers = [number_of[refs[name]] for _, name in names]
-    for (_, name), number in zip(names, numbers, strict=True):
-        if number < 0:
-            raise InvalidInputError(
-                f"cannot encode the repo info: {what} {name!r} points to a snapshot that is not in it",
-                ErrorKind.SERIALIZATION,
-            )
+    numbers = [number_of[refs[name]] for name in names]
+    if min(numbers, default=0) < 0:
+        name = names[next(i for i, number in enumerate(numbers) if number < 0)]
+        raise InvalidInputError(
+            f"cannot encode the repo info: {what} {name!r} points to a snapshot that is not in it",
+            ErrorKind.SERIALIZATION,
+        )
+    encode = _refs_one_by_one if len(names) <= _FEW_REFS else _refs_as_columns
 
     def write(writer: FlatWriter) -> int:
         out = writer.out
         writer.align(4)
         start = len(out)
         out += bytes(4 + 4 * len(names))
-        words = [len(names)]
-        vtable = writer.vtable({0: 4, 1: 8}, _REF.size - 4) if names else 0
+        vtable = writer.vtable({0: 4, 1: 8}, _REF.itemsize - 4) if names else 0
         writer.align(4)
-        pieces: list[bytes] = []
-        at, field, pack, fixed = len(out), start + 4, _REF.pack, _REF.size
-        for (name, _), number in zip(names, numbers, strict=True):
-            words.append(at - field)
-            # The name follows its table, 8 bytes behind the field that points to it; then come one to four zeros.
-            size = len(name)
-            padding = 4 - size % 4
-            pieces += (pack(at - vtable, 8, number, size), name, _ZEROS[padding])
-            at += fixed + size + padding
-            field += 4
-        if pieces:
-            # All but the first zero behind the last name would be padding of a next table.
-            pieces[-1] = _ZEROS[1]
-        out += b"".join(pieces)
-        out[start : start + 4 * len(words)] = struct.pack(f"<{len(words)}I", *words)
+        tables, offsets = encode(raw, numbers, len(out), vtable, start + 4)
+        out += tables
+        out[start : start + 4 + 4 * len(names)] = len(names).to_bytes(4, "little") + offsets
         return start
 
     return Written(write)
+
+
+def _refs_one_by_one(
+    names: Sequence[bytes], numbers: Sequence[int], at: int, vtable: int, field: int
+) -> tuple[bytes, bytes]:
+    """The tables, from position ``at`` on, and the offsets to them, of which the first is in the field at ``field``."""
+    offsets: list[int] = []
+    pieces: list[bytes] = []
+    for name, number in zip(names, numbers, strict=True):
+        offsets.append(at - field)
+        padding = 4 - len(name) % 4
+        pieces += (_ONE_REF.pack(at - vtable, _NAME_AT, number, len(name)), name, _ZEROS[padding])
+        at += _REF.itemsize + len(name) + padding
+        field += 4
+    if pieces:
+        # All but the first zero behind the last name would be padding of a next table.
+        pieces[-1] = _ZEROS[1]
+    return b"".join(pieces), struct.pack(f"<{len(offsets)}I", *offsets)
+
+
+def _refs_as_columns(
+    names: Sequence[bytes], numbers: Sequence[int], at: int, vtable: int, field: int
+) -> tuple[bytes, bytes]:
+    """As `_refs_one_by_one`."""
+    lengths = np.fromiter(map(len, names), np.int64, len(names))
+    sizes = _REF.itemsize + lengths + 4 - lengths % 4
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    tables = np.empty(len(names), _REF)
+    tables["vtable"] = at + starts - vtable
+    tables["name_at"] = _NAME_AT
+    tables["number"] = numbers
+    tables["name_bytes"] = lengths
+    block = np.zeros(int(ends[-1]), np.uint8)
+    put(block, starts, tables)
+    copy_spans(block, starts + _REF.itemsize, b"".join(names), np.cumsum(lengths) - lengths, lengths)
+    last = int(starts[-1] + _REF.itemsize + lengths[-1])
+    offsets = at + starts - np.arange(field, field + 4 * len(names), 4)
+    return block[: last + 1].tobytes(), offsets.astype("<u4").tobytes()
 
 
 def _flags(flags: frozenset[int] | None) -> Items | None:

@@ -48,7 +48,7 @@ from icechunk.format.repo.stored_snapshots import (
     StoredSnapshots,
 )
 
-__all__ = ["SnapshotRows", "write_blocks"]
+__all__ = ["SameRows", "SnapshotRows", "write_blocks"]
 
 _TABLE: Final = np.dtype(
     [
@@ -323,8 +323,7 @@ class SnapshotRows:
             positions[self._numbers] = self._write_records(writer, self._records)
             parents[self._numbers] = _parent_fields(out, positions[self._numbers].tolist())
         self._written = writer.end_run(start, positions), parents - start
-        offsets = positions - np.arange(vector + 4, vector + 4 + 4 * count, 4)
-        out[vector + 4 : vector + 4 + 4 * count] = offsets.astype("<u4").tobytes()
+        out[vector + 4 : vector + 4 + 4 * count] = _offsets(positions, vector)
         return vector
 
     def run(self) -> SnapshotRun | None:
@@ -378,6 +377,48 @@ class SnapshotRows:
             out += b"\0"
             positions.append(start)
         return positions
+
+
+class SameRows(SnapshotRows):
+    """The snapshots of an older file that this process wrote, none of them changed: as after a new branch or tag.
+
+    Their bytes are copied with the numbers of parents. The bytes of the new file are those that `SnapshotRows` writes.
+    """
+
+    __slots__ = ("_again", "_former")
+
+    def __init__(self, stored: StoredSnapshots, former: SnapshotRun) -> None:
+        self._stored = stored
+        self._former = former
+        self._again: Run | None = None
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def number(self, id: ObjectId | None) -> int:
+        row = None if id is None else self._stored.find(id)
+        return NO_PARENT if row is None else row
+
+    def write(self, writer: FlatWriter) -> int:
+        count = len(self)
+        writer.align(4)
+        out = writer.out
+        vector = len(out)
+        out += count.to_bytes(4, "little") + bytes(4 * count)
+        start = writer.begin_run(self._stored.tables.payload, self._former.run)
+        positions = start + self._former.run.tables
+        self._again = writer.end_run(start, positions)
+        out[vector + 4 : vector + 4 + 4 * count] = _offsets(positions, vector)
+        return vector
+
+    def run(self) -> SnapshotRun | None:
+        return None if self._again is None else self._former._replace(run=self._again)
+
+
+def _offsets(positions: npt.NDArray[np.int64], vector: int) -> bytes:
+    """The offsets of a vector, at this position, of the tables at those."""
+    fields = np.arange(vector + 4, vector + 4 + 4 * len(positions), 4)
+    return (positions - fields).astype("<u4").tobytes()
 
 
 def _parent_fields(out: bytearray, tables: Sequence[int]) -> list[int]:

@@ -18,7 +18,7 @@ from icechunk.errors import FormatError
 from icechunk.format.flat.flatbuffers import Buffer, FlatWriter
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo.repo_info import SnapshotRecord
-from icechunk.format.repo.snapshot_encoding import SnapshotRows
+from icechunk.format.repo.snapshot_encoding import SameRows, SnapshotRows
 from icechunk.format.repo.stored_snapshots import NO_SNAPSHOTS, RecordsView, StoredSnapshots
 from icechunk.runtime.persistent_map import Map
 
@@ -74,7 +74,10 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
 
     def rows(self) -> SnapshotRows:
         """The snapshots in the form in which a file is written from them."""
-        return SnapshotRows(self._stored, self._changed)
+        stored = self._stored
+        return (
+            SnapshotRows(stored, self._changed) if self._changed or stored.run is None else SameRows(stored, stored.run)
+        )
 
     def compacted(self) -> SnapshotGraph:
         """The same graph, in less memory if many snapshots have changed.

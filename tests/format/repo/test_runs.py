@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from icechunk.format.flat.flatbuffers import FlatWriter
 from icechunk.format.ids import ObjectId
 from icechunk.format.repo import codec
 from icechunk.format.repo.codec import decode_repo, encode_and_keep
@@ -21,7 +22,9 @@ from icechunk.format.repo.repo_info import (
     Update,
     UpdateChange,
 )
+from icechunk.format.repo.snapshot_encoding import SameRows, SnapshotRows
 from icechunk.format.repo.snapshot_graph import SnapshotGraph
+from icechunk.format.repo.stored_snapshots import StoredSnapshots
 from icechunk.format.repo.updates import UpdateList
 
 FIRST = SnapshotRecord(id=ObjectId(bytes(11) + b"\1"), parent=None, flushed_at_us=1, message="first")
@@ -141,3 +144,29 @@ def test_tables_are_copied_when_snapshots_are_only_added(monkeypatch: pytest.Mon
             replace(kept, snapshots=SnapshotGraph.of(kept.snapshots).set(record.id, record), updates=updates)
         ).info
     assert len(codec.encode_repo(kept)) > 0
+
+
+@pytest.mark.parametrize("before", [0, 1, 4, 7])
+def test_unchanged_snapshots_are_written_as_those_that_might_have_changed(before: int) -> None:
+    life = Life(before)
+    for _ in range(60):
+        life.step()
+    stored = life.kept.snapshots
+    assert isinstance(stored, StoredSnapshots)
+    assert stored.run is not None
+    same, any = SameRows(stored, stored.run), SnapshotRows(stored, {})
+    written, expected = FlatWriter(), FlatWriter()
+    written.out += bytes(before)
+    expected.out += bytes(before)
+    assert same.run() is None
+    assert same.write(written) == any.write(expected)
+    assert written.out == expected.out
+    assert len(same) == len(any)
+    assert [same.number(id) for id in (None, *life.records)] == [any.number(id) for id in (None, *life.records)]
+    run, other = same.run(), any.run()
+    assert run is not None
+    assert other is not None
+    assert (run.run.start, run.run.end, run.run.vtables) == (other.run.start, other.run.end, other.run.vtables)
+    assert run.run.tables.tolist() == other.run.tables.tolist()
+    assert run.parents.tolist() == other.parents.tolist()
+    assert (run.known.ids, run.known.parents) == (other.known.ids, other.known.parents)
