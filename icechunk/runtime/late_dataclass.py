@@ -7,8 +7,10 @@ attribute that the standard library's decorator adds. The first look-up of a pla
 attribute, and it replaces the placeholder: from then on it is the one that the standard library makes. The attributes
 that compare, hash and show instances are made together. So are the others, except two that most programs need alone:
 the fields, and ``__init__`` of a class of usual fields. `_init_of` compiles that one in a quarter of the time, since
-the standard library compiles three methods for a frozen class, and makes the class again. A method of such a class
-names its class in ``super(…)``: without arguments it would mean the class before the slots were made.
+the standard library compiles three methods for a frozen class, and makes the class again. Compiling still takes longer
+than all else, and most classes that one operation uses have a few instances: the first ones are made without
+(`_Initializer.assign`). A method of such a class names its class in ``super(…)``: without arguments it would mean the
+class before the slots were made.
 
 For type checkers this is the decorator of the standard library. `dataclasses.field`, ``fields``, ``replace`` and the
 rest work as they do there. An error in a definition, such as a field without a default after one with a default, is
@@ -20,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 __all__ = ["dataclass"]
@@ -51,6 +54,8 @@ _FIELDS: Final = "__dataclass_fields__"
 _ALL_BUT_FIELDS: Final = {**_NOT_COMPARING, "init": False, "frozen": False, "match_args": False}
 """Options that make fields alone, as `dataclasses.replace` needs them. They are not for classes that inherit fields: a
 frozen one cannot inherit as if it were not frozen."""
+_FIRST_CALLS: Final = 16
+"""Instances that a class has before its constructor is compiled, which takes as long as this many without."""
 _DEFAULTS: Final = {"repr": True, "eq": True, "match_args": True}
 
 
@@ -66,6 +71,39 @@ class _Placeholder:
     def __get__(self, instance: object, owner: type) -> Any:
         value = self._complete(self._name)[self._name]
         return value.__get__(instance, owner) if hasattr(type(value), "__get__") else value
+
+
+class _FirstInit(_Placeholder):
+    """``__init__`` of a class until it is compiled: when the class is asked for it, or has had a few instances.
+
+    Parameters
+    ----------
+    initializer
+        Makes the values that the class needs for its first instances; None: they need the compiled one.
+    """
+
+    __slots__ = ("_calls_left", "_initializer", "_make")
+
+    def __init__(
+        self, complete: Callable[[str], Mapping[str, Any]], initializer: Callable[[], _Initializer | None]
+    ) -> None:
+        super().__init__("__init__", complete)
+        self._make = initializer
+        self._initializer: _Initializer | None = None
+        self._calls_left = _FIRST_CALLS
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        if instance is not None and self._calls_left:
+            self._initializer = self._initializer or self._make()
+            if self._initializer is not None:
+                self._calls_left -= 1
+                return partial(self._call, self._initializer, instance, owner)
+        return super().__get__(instance, owner)
+
+    def _call(self, initializer: _Initializer, instance: object, owner: type, /, *args: Any, **named: Any) -> None:
+        if not initializer.assign(instance, args, named):
+            # Its error names what is wrong with the arguments.
+            super().__get__(instance, owner)(*args, **named)
 
 
 def _late_dataclass(*, slots: bool, **options: bool) -> Callable[[_Class], _Class]:
@@ -113,6 +151,7 @@ def _late_dataclass(*, slots: bool, **options: bool) -> Callable[[_Class], _Clas
         if "eq" in chosen and "frozen" in chosen and definition.get("__hash__") is None:
             names.append("__hash__")
         placeholders = {name: _Placeholder(name, complete) for name in names}
+        placeholders["__init__"] = _FirstInit(complete, lambda: _initializer_of(cls, **options))
         inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "__slots__", ())}
         fields = [name for name, kind in cls.__annotations__.items() if not kind.startswith(_NO_FIELDS)]
         kept = {name: value for name, value in definition.items() if name not in fields}
@@ -133,21 +172,59 @@ class _Factory:
 _FACTORY: Final = _Factory()
 
 
-def _init_of(
-    cls: type, *, frozen: bool = False, kw_only: bool = False, match_args: bool = True, **_: bool
-) -> dict[str, Any] | None:
-    """``__init__`` and ``__match_args__`` of a class; parameters as the decorator has them.
+class _Initializer:
+    """The work of ``__init__`` of a class of usual fields.
+
+    Parameters
+    ----------
+    frozen
+        Whether the class is.
+    is_followed
+        Whether ``__post_init__`` comes after.
+    """
+
+    def __init__(self, *, frozen: bool, is_followed: bool) -> None:
+        self.frozen = frozen
+        self.is_followed = is_followed
+        self.kinds: dict[str, str] = {}
+        """The annotation of each field, in the order in which they are assigned."""
+        self.names: dict[bool, list[str]] = {False: [], True: []}
+        """The parameters, by whether they are for keywords only."""
+        self.defaults: dict[str, Any] = {}
+        self.factories: dict[str, Callable[[], Any]] = {}
+
+    def assign(self, instance: object, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+        """Do it; False: these are no arguments for it, and nothing was done."""
+        values = dict(zip(self.names[False], args, strict=False))
+        if len(args) > len(values) or not values.keys().isdisjoint(named):
+            return False
+        values |= named
+        required = self.kinds.keys() - self.defaults.keys() - self.factories.keys()
+        if not required <= values.keys() <= self.kinds.keys():
+            return False
+        set_value = object.__setattr__ if self.frozen else setattr
+        for name in self.kinds:
+            if name in values:
+                value = values[name]
+            elif name in self.factories:
+                value = self.factories[name]()
+            else:
+                value = self.defaults[name]
+            set_value(instance, name, value)
+        if self.is_followed:
+            instance.__post_init__()  # type: ignore[attr-defined]
+        return True
+
+
+def _initializer_of(cls: type, *, frozen: bool = False, kw_only: bool = False, **_: bool) -> _Initializer | None:
+    """The work of the constructor of a class; parameters as the decorator has them.
 
     None: only the standard library knows, since the definition has an error, or fields that are rare, such as those
     that are not in ``__init__``, or that replace inherited ones.
     """
     if not vars(cls).keys().isdisjoint(("__init__", *(_OPTIONAL["frozen"] if frozen else ()))):
         return None
-    # By whether they are for keywords only: their names, and their texts in the list of parameters.
-    names: dict[bool, list[str]] = {False: [], True: []}
-    parameters: dict[bool, list[str]] = {False: [], True: []}
-    known: dict[str, Any] = {"_FACTORY": _FACTORY, "_set": object.__setattr__}
-    body, annotations = [], {}
+    found = _Initializer(frozen=frozen, is_followed=hasattr(cls, "__post_init__"))
     inherited: dict[str, Any] = {}
     for base in cls.__mro__[:0:-1]:
         if _FIELDS in vars(base):
@@ -163,34 +240,51 @@ def _init_of(
         default: Any = inherited.get(name, getattr(cls, name, dataclasses.MISSING))
         field: Any = default if isinstance(default, dataclasses.Field) else dataclasses.field(default=default)
         named = kw_only if field.kw_only is dataclasses.MISSING else field.kw_only
-        parameter = value = name
+        before = found.names[named]
         if field.default_factory is not dataclasses.MISSING:
-            known[f"_new_{name}"] = field.default_factory
-            parameter, value = f"{name}=_FACTORY", f"_new_{name}() if {name} is _FACTORY else {name}"
+            found.factories[name] = field.default_factory
         elif field.default is not dataclasses.MISSING:
-            known[f"_default_{name}"] = field.default
-            parameter = f"{name}=_default_{name}"
-        elif parameters[named] and "=" in parameters[named][-1] and not named:
+            found.defaults[name] = field.default
+        elif before and not named and (before[-1] in found.defaults or before[-1] in found.factories):
             return None
         is_usual = field.init and not hasattr(type(field.default), "__get__") and type(field.default).__hash__
         if kind.startswith(_NO_FIELDS) or name == "self" or name.startswith("_") or not is_usual:
             return None
-        names[named].append(name)
-        parameters[named].append(parameter)
-        body.append(f"_set(self, {name!r}, {value})" if frozen else f"self.{name} = {value}")
-        annotations[name] = kind
-    if hasattr(cls, "__post_init__"):
+        before.append(name)
+        found.kinds[name] = kind
+    return found
+
+
+def _init_of(cls: type, *, match_args: bool = True, **options: bool) -> dict[str, Any] | None:
+    """``__init__`` and ``__match_args__`` of a class; parameters, and None, as `_initializer_of` has them."""
+    initializer = _initializer_of(cls, **options)
+    if initializer is None:
+        return None
+    known: dict[str, Any] = {"_FACTORY": _FACTORY, "_set": object.__setattr__}
+    texts: dict[str, str] = {}
+    body = []
+    for name in initializer.kinds:
+        texts[name] = value = name
+        if name in initializer.factories:
+            known[f"_new_{name}"] = initializer.factories[name]
+            texts[name], value = f"{name}=_FACTORY", f"_new_{name}() if {name} is _FACTORY else {name}"
+        elif name in initializer.defaults:
+            known[f"_default_{name}"] = initializer.defaults[name]
+            texts[name] = f"{name}=_default_{name}"
+        body.append(f"_set(self, {name!r}, {value})" if initializer.frozen else f"self.{name} = {value}")
+    if initializer.is_followed:
         body.append("self.__post_init__()")
-    listed = ["self", *parameters[False], *(["*", *parameters[True]] if parameters[True] else [])]
+    positional, named = initializer.names[False], initializer.names[True]
+    parameters = [texts[name] for name in positional], [texts[name] for name in named]
+    listed = ["self", *parameters[0], *(["*", *parameters[1]] if named else [])]
     lines = [f"def make({', '.join(known)}):", f" def __init__({', '.join(listed)}):"]
     lines += [f"  {line}" for line in body or ["pass"]]
     made: dict[str, Any] = {}
     exec("\n".join([*lines, " return __init__"]), vars(sys.modules[cls.__module__]), made)
     init = made["make"](**known)
     init.__qualname__ = f"{cls.__qualname__}.__init__"
-    ordered = [*names[False], *names[True]]
-    init.__annotations__ = {name: annotations[name] for name in ordered} | {"return": None}
-    return {"__init__": init} | ({"__match_args__": tuple(names[False])} if match_args else {})
+    init.__annotations__ = {name: initializer.kinds[name] for name in [*positional, *named]} | {"return": None}
+    return {"__init__": init} | ({"__match_args__": tuple(positional)} if match_args else {})
 
 
 def _class_like(cls: _Class, namespace: dict[str, Any]) -> _Class:

@@ -274,9 +274,29 @@ def outcome(run: Callable[[], Any]) -> Any:
         return type(error).__name__, str(error)
 
 
+def constructed(cls: Any) -> dict[str, Any]:
+    """What comes of calls with arguments of all kinds, by what they are."""
+
+    def made(*args: Any, **named: Any) -> Any:
+        return outcome(lambda: dataclasses.astuple(cls(*args, **named)))
+
+    return {
+        "positional": made(1),
+        "all positional": made(1, [2], "3", 5),
+        "all by name": made(first=1, second=[2], third="3", fourth=5, fifth=6),
+        "refused": made(1, fourth=1),
+        "unknown": made(nothing=1),
+        "missing": made(),
+        "twice": made(1, first=1),
+        "too many": made(1, 2, 3, 4, 5, 6),
+    }
+
+
 def described(cls: Any) -> dict[str, Any]:
     """All that shows how a class behaves whose first field is a number."""
     one, same, other = (cls(first=number) for number in (1, 1, 2))
+    first_calls = constructed(cls)
+    constructor = (cls.__init__.__module__, cls.__init__.__doc__, cls.__init__.__name__)
     params = repr(cls.__dataclass_params__)
     fields = [str(found) for found in dataclasses.fields(cls)]
     positions = getattr(cls, "__match_args__", None)
@@ -299,12 +319,9 @@ def described(cls: Any) -> dict[str, Any]:
         "match": positions,
         "instance": (repr(one).rpartition(" at ")[0], dataclasses.asdict(one)),
         "annotations": cls.__init__.__annotations__,
-        "constructor": (cls.__init__.__module__, cls.__init__.__doc__, cls.__init__.__name__),
-        "positional": outcome(lambda: dataclasses.astuple(cls(1))),
-        "all positional": outcome(lambda: dataclasses.astuple(cls(1, [2], "3", 5))),
-        "all by name": outcome(lambda: dataclasses.astuple(cls(first=1, second=[2], third="3", fourth=5, fifth=6))),
-        "refused": outcome(lambda: dataclasses.astuple(cls(1, fourth=1))),
-        "missing": outcome(lambda: cls(nothing=1)),
+        "constructor": constructor,
+        "first calls": first_calls,
+        "later calls": constructed(cls),
         "equal": (one == same, one == other, one != other, one == 1),
         "order": outcome(lambda: (one < other, one <= other, one > other, one >= other)),
         "hash": outcome(lambda: hash(one) == hash(same)),
@@ -396,6 +413,18 @@ def test_values_are_made_and_matched_without_the_standard_library(
     assert outcome(lambda: setattr(one, "first", 4)) == (
         ("FrozenInstanceError", "cannot assign to field 'first'") if frozen else None
     )
+
+
+@pytest.mark.parametrize("define", [usual, extended])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_constructor_is_compiled_for_a_class_of_many_instances(define: Callable[..., Any], frozen: bool) -> None:
+    cls = define(LATE, frozen=frozen)
+    compiled: list[bool] = []
+    for number in range(2 * late_dataclass._FIRST_CALLS):
+        made = cls(number + 10, third="3")
+        assert (made.first, made.second, made.third, made.fourth) == (number + 10, [], "3", 4)
+        compiled.append(inspect.isfunction(vars(cls)["__init__"]))
+    assert (compiled[0], compiled[-1]) == (False, True)
 
 
 def test_late_classes_pickle_before_and_after_their_first_use() -> None:
