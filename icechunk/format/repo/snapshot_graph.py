@@ -313,4 +313,5 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
 def _rewritten(rows: SnapshotRows) -> SnapshotGraph:
     writer = FlatWriter()
     start = rows.write(writer)
-    return SnapshotGraph.of(StoredSnapshots(Buffer(bytes(writer.out), "repo info"), start + 4, len(rows)))
+    # The next checkpoint copies the tables as they are here.
+    return SnapshotGraph.of(StoredSnapshots(Buffer(bytes(writer.out), "repo info"), start + 4, len(rows), rows.run()))

@@ -211,6 +211,8 @@ def test_a_graph_without_released_snapshots_equals_a_dict_without_them(
     # Written at once, so that nothing is kept of what was released.
     assert left.changed_count <= 300
     assert graph == model
+    if left:
+        assert stored(left) == left
 
 
 def test_a_graph_moves_onto_the_file_that_an_earlier_version_of_it_was_written_to() -> None:
