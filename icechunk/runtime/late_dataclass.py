@@ -13,8 +13,8 @@ than all else, and most classes that one operation uses have a few instances: th
 class before the slots were made.
 
 For type checkers this is the decorator of the standard library. `dataclasses.field`, ``fields``, ``replace`` and the
-rest work as they do there. An error in a definition, such as a field without a default after one with a default, is
-raised when the class is first used.
+rest work as they do there; `replace` of this module does without the fields, for what a program does first. An error in
+a definition, such as a field without a default after one with a default, is raised when the class is first used.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-__all__ = ["dataclass"]
+__all__ = ["dataclass", "replace"]
 
 _Class = TypeVar("_Class", bound=type)
+_Instance = TypeVar("_Instance")
 
 _NO_FIELDS: Final = ("ClassVar", "InitVar", "KW_ONLY")
 """The beginnings of annotations that make no attribute of an instance."""
@@ -292,6 +293,31 @@ def _class_like(cls: _Class, namespace: dict[str, Any]) -> _Class:
     made = type(cls)(cls.__name__, cls.__bases__, dict(namespace))
     made.__qualname__ = cls.__qualname__
     return made
+
+
+_NAMES: Final[dict[type, tuple[str, ...]]] = {}
+"""The fields of each class of which `replace` had an instance, inherited ones first."""
+
+
+def replace(instance: _Instance, /, **changes: Any) -> _Instance:
+    """As `dataclasses.replace`, without making the fields of the class, which takes a first call most of its time.
+
+    Parameters
+    ----------
+    instance
+        Of a late class whose fields are all in its constructor.
+    changes
+        New values by field.
+    """
+    cls = type(instance)
+    names = _NAMES.get(cls)
+    if names is None:
+        names = tuple(name for base in reversed(cls.__mro__) for name in vars(base).get("__slots__", ()))
+        _NAMES[cls] = names
+    for name in names:
+        if name not in changes:
+            changes[name] = getattr(instance, name)
+    return cls(**changes)
 
 
 if TYPE_CHECKING:

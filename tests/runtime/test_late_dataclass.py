@@ -427,6 +427,17 @@ def test_a_constructor_is_compiled_for_a_class_of_many_instances(define: Callabl
     assert (compiled[0], compiled[-1]) == (False, True)
 
 
+@pytest.mark.parametrize("define", [usual, extended])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_replaced_instance_is_that_of_the_standard_library(define: Callable[..., Any], frozen: bool) -> None:
+    cls = define(LATE, frozen=frozen)
+    one = cls(1, [2], third="three", fourth=5)
+    for changes in ({}, {"first": 7}, {"second": [3], "third": "3", "fourth": 8}, {"first": 5}, {"nothing": 1}):
+        ours = outcome(lambda: late_dataclass.replace(one, **changes))  # noqa: B023  called at once
+        assert ours == outcome(lambda: dataclasses.replace(one, **changes))  # noqa: B023
+        assert ours is not one
+
+
 def test_late_classes_pickle_before_and_after_their_first_use() -> None:
     empty: Any = object.__new__(Point)
     empty.__setstate__([3, 4])

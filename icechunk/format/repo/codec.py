@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -59,6 +58,7 @@ from icechunk.format.repo.snapshot_graph import SnapshotGraph
 from icechunk.format.repo.stored_snapshots import SnapshotRun, StoredSnapshots
 from icechunk.format.repo.update_encoding import read_status, status_table
 from icechunk.format.repo.updates import UpdateList
+from icechunk.runtime.late_dataclass import replace
 
 __all__ = [
     "OFFLINE",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -43,6 +42,7 @@ from icechunk.log.repository.objects import Known, RepoObject, read_repo, read_s
 from icechunk.log.repository.state import MAIN, RepoState, resting_on
 from icechunk.log.repository.store_check import may_write
 from icechunk.runtime.clock import Sources
+from icechunk.runtime.late_dataclass import replace
 from icechunk.runtime.tasks import run_pair
 from icechunk.storage.port import NO_LISTING, Storage
 from icechunk.transfer.cache import WeightedCache

@@ -10,7 +10,6 @@ which finds ``repo`` behind the head then.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from icechunk.errors import IcechunkError
 from icechunk.format.keys import REPO_KEY
@@ -20,6 +19,7 @@ from icechunk.log.repository.entries.client import LogView
 from icechunk.log.repository.marker import checkpoint_info, keep_updates
 from icechunk.log.repository.objects import THREAD_FROM_SNAPSHOTS, known_of
 from icechunk.log.repository.state import RepoState
+from icechunk.runtime.late_dataclass import replace
 from icechunk.storage.port import Absent, Following, Matches, Put, PutResult
 
 __all__ = ["FollowingCheckpoint"]
