@@ -12,7 +12,6 @@ snapshot, so an expiration that was interrupted is finished by the next one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from icechunk.format.ids import ObjectId
 from icechunk.log.repository.events import BranchDeleted, Event, ExpirationRan, TagDeleted
@@ -23,7 +22,7 @@ from icechunk.log.repository.store_check import require_writable
 from icechunk.maintenance.leases import read_leases
 from icechunk.maintenance.ref_history import Link, Links
 from icechunk.runtime.clock import Sources
-from icechunk.runtime.late_dataclass import dataclass
+from icechunk.runtime.late_dataclass import dataclass, replace
 from icechunk.runtime.tasks import run_each
 from icechunk.storage.port import Storage
 
@@ -45,17 +44,23 @@ def expiration(
     delete_expired_branches, delete_expired_tags
         Whether refs that point to an old snapshot are deleted.
     """
-    old = state.snapshots.older_than(older_than_us) - state.snapshots.roots()
+    # A dict is a set here that stays in order: a long history is not sorted again.
+    old = dict.fromkeys(state.snapshots.older_than(older_than_us))
+    for root in state.snapshots.roots():
+        old.pop(root, None)
     branches = {name for name, tip in state.branches.items() if tip in old and name != MAIN}
     tags = {name for name, target in state.tags.items() if target in old}
     gone_branches = branches if delete_expired_branches else set[str]()
     gone_tags = tags if delete_expired_tags else set[str]()
-    kept = {tip for name, tip in state.branches.items() if name not in gone_branches}
-    kept |= {target for name, target in state.tags.items() if name not in gone_tags}
-    released = old - kept
+    for name, tip in state.branches.items():
+        if name not in gone_branches:
+            old.pop(tip, None)
+    for name, target in state.tags.items():
+        if name not in gone_tags:
+            old.pop(target, None)
     return ExpirationRan(
-        released=tuple(sorted(released)),
-        reparented=reparented(state.snapshots, released, onto_first=True),
+        released=tuple(old),
+        reparented=reparented(state.snapshots, old.keys(), onto_first=True),
         deleted_branches=tuple(sorted(gone_branches)),
         deleted_tags=tuple(sorted(gone_tags)),
     )

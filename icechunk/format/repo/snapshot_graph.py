@@ -178,11 +178,15 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
         found = self._stored.roots().difference(self._changed)
         return found | {id for id, record in self._changed.items() if record is not None and record.parent is None}
 
-    def older_than(self, time_us: int) -> AbstractSet[ObjectId]:
-        """The ids of the snapshots that were written before a time, µs."""
-        found = self._stored.older_than(time_us).difference(self._changed)
-        changed = self._changed.items()
-        return found | {id for id, record in changed if record is not None and record.flushed_at_us < time_us}
+    def older_than(self, time_us: int) -> list[ObjectId]:
+        """The ids of the snapshots that were written before a time, µs, ascending."""
+        found, changed = self._stored.older_than(time_us), self._changed
+        if changed:
+            found = [id for id in found if id not in changed]
+            found += [id for id, one in changed.items() if one is not None and one.flushed_at_us < time_us]
+        # In a file they ascend already.
+        found.sort()
+        return found
 
     def times(self) -> Iterator[tuple[ObjectId, int]]:
         """The id of every snapshot and the time at which it was written, µs, in any order; nothing else is decoded."""

@@ -14,9 +14,8 @@ checkpoints for good.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
 from typing import Any, Final, TypeAlias, assert_never
 
 from icechunk.errors import (
@@ -41,7 +40,7 @@ from icechunk.format.repo.stored_snapshots import StoredSnapshots
 from icechunk.format.repo.updates import UpdateList
 from icechunk.log.repository import events as e
 from icechunk.log.repository.events import Reparented
-from icechunk.runtime.late_dataclass import dataclass
+from icechunk.runtime.late_dataclass import dataclass, replace
 from icechunk.runtime.persistent_map import Map
 
 __all__ = [
@@ -331,7 +330,9 @@ def resting_on(state: RepoState, info: RepoInfo, written: RepoState | None) -> R
     )
 
 
-def reparented(snapshots: SnapshotGraph, released: Collection[ObjectId], *, onto_first: bool) -> tuple[Reparented, ...]:
+def reparented(
+    snapshots: SnapshotGraph, released: AbstractSet[ObjectId], *, onto_first: bool
+) -> tuple[Reparented, ...]:
     """Survivors whose parent is released, each with its new parent.
 
     The transaction logs of the ancestors in between go on a survivor's list, oldest first and before those already
@@ -348,9 +349,9 @@ def reparented(snapshots: SnapshotGraph, released: Collection[ObjectId], *, onto
     if not released:
         return ()
     changes: list[Reparented] = []
-    gone, known = frozenset(released), snapshots.pruned_transactions()
-    for id, ancestors in snapshots.children_of(gone):
-        above, parent = _passed(ancestors, gone, onto_first=onto_first)
+    known = snapshots.pruned_transactions()
+    for id, ancestors in snapshots.children_of(released):
+        above, parent = _passed(ancestors, released, onto_first=onto_first)
         pruned = list(known.get(id, ())[::-1])
         if known:
             for one in above:

@@ -410,10 +410,25 @@ def test_columns_answer_as_the_records_do(count: int, changed: dict[int, int | N
     values = records.values()
     assert dict(graph.parents()) == {one.id: one.parent for one in values}
     assert graph.roots() == {one.id for one in values if one.parent is None}
-    assert graph.older_than(limit_us) == {one.id for one in values if one.flushed_at_us < limit_us}
+    assert graph.older_than(limit_us) == sorted(one.id for one in values if one.flushed_at_us < limit_us)
     asked = [an_id(number) for number in range(0, 99, 1 + count % 3)]
     rows = [graph.stored.find(id) for id in asked]
     assert graph.stored.find_all(asked).tolist() == [-1 if row is None else row for row in rows]
+
+
+@settings(max_examples=20, deadline=None)
+@given(count=st.integers(33, 300), seed=st.integers(0, 2**32), same=st.integers(0, 3))
+def test_many_ids_are_found_as_each_of_them_is(count: int, seed: int, same: int) -> None:
+    chance = random.Random(seed)
+    ids = [ObjectId(chance.randbytes(12)) for _ in range(count)]
+    # Some begin with the same bytes as one that is not asked for.
+    ids += [ObjectId(id[:8] + chance.randbytes(4)) for id in ids[:same]]
+    others = [ObjectId(id[:8] + chance.randbytes(4)) for id in ids[-9:]]
+    records = {id: SnapshotRecord(id=id, parent=None, flushed_at_us=1, message="") for id in ids}
+    found = stored(records)
+    asked = [*others, *chance.sample(ids, len(ids) - same)]
+    assert found.find_all(asked).tolist() == [-1 if (row := found.find(id)) is None else row for id in asked]
+    assert {found.id(row) for row in found.rows_of(set(asked)).tolist()} == {id for id in asked if id in records}
 
 
 def test_a_file_without_half_of_the_snapshots_is_written_as_from_the_records() -> None:
