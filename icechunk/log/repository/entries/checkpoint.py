@@ -6,7 +6,6 @@ Each is a change of ``repo`` as `icechunk.log.repository.conditional.replace_rep
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Final
 
 from icechunk.errors import ErrorKind, ObjectNotFoundError, StorageError
@@ -28,7 +27,7 @@ from icechunk.log.repository.marker import (
 )
 from icechunk.log.repository.objects import Known, RepoObject, encode, known_of, put_once, read_repo
 from icechunk.runtime.clock import Sources
-from icechunk.runtime.late_dataclass import dataclass
+from icechunk.runtime.late_dataclass import dataclass, replace
 from icechunk.storage.port import Absent, Matches, Put, PutResult, Storage, Version
 
 __all__ = [
@@ -272,21 +271,24 @@ async def _divide_updates(
         limit=updates_per_file,
         backup_name=overwritten_repo_name(sources.wall_us() // 1000, sources.random_bytes(12)),
     )
-    if kept.needs_backup and kept.before is not None:
-        # A copy of any version: if that is not the one replaced below, the PUT fails and no object names this copy.
+    if not kept.needs_backup or kept.before is None:
+        return kept
+    marker, backup = current.marker, overwritten_repo_key(kept.before)
+    if marker is not None and marker.files:
         found = await read_repo(storage, sources)
-        if found is None:
+        if found is None or found.known.version != current.version:
             return None
-        marker = found.known.marker
-        if marker is not None and marker.files:
-            # Backups are kept for their updates, and for ever: what chunks hold does not belong there.
-            info = replace(found.info, extra=encode_marker(replace(marker, files={})))
-            await storage.put(overwritten_repo_key(kept.before), (await encode(info)).data)
-            return kept
-        try:
-            await storage.copy(REPO_KEY, overwritten_repo_key(kept.before))
-        except ObjectNotFoundError:
+        # Backups are kept for their updates, and for ever: what chunks hold does not belong there.
+        info = replace(found.info, extra=encode_marker(replace(marker, files={})))
+        await storage.put(backup, (await encode(info)).data)
+        return kept
+    try:
+        if (await storage.head(REPO_KEY)).version != current.version:
             return None
+        # If another version comes now, the PUT below fails and no object names this copy.
+        await storage.copy(REPO_KEY, backup)
+    except ObjectNotFoundError:
+        return None
     return kept
 
 

@@ -21,7 +21,7 @@ from icechunk.errors import (
     StorageError,
 )
 from icechunk.format.ids import FIRST_SNAPSHOT
-from icechunk.format.keys import REPO_KEY
+from icechunk.format.keys import REPO_KEY, overwritten_repo_key
 from icechunk.format.repo.codec import decode_repo, encode_repo
 from icechunk.format.repo.repo_info import NewCommit, Status
 from icechunk.log.repository import events as e
@@ -386,6 +386,24 @@ async def test_a_takeover_is_found_when_opening(world: World, caplog: pytest.Log
 
 
 # ---------------------------------------------------------------- ops log
+
+
+async def test_no_backup_is_made_of_a_repo_that_another_client_has_replaced(world: World) -> None:
+    log, _ = await world.create(updates_per_file=3)
+    other, _ = await world.open(updates_per_file=3)
+    for i in range(1, 12):
+        writer = (log, other)[i % 2]
+        await writer.refresh()
+        await writer.append(world.commit(i))
+        await writer.checkpoint()
+    named: list[str] = []
+    before = decode_repo((await world.store.get(REPO_KEY)).data).repo_before_updates
+    while before is not None:
+        named.append(overwritten_repo_key(before))
+        before = decode_repo((await world.store.get(named[-1])).data).repo_before_updates
+    made = [item.key async for page in world.store.list_pages("overwritten/") for item in page]
+    assert sorted(named) == made
+    assert len(made) >= 3
 
 
 async def test_a_long_ops_log_continues_in_backups_and_lists_each_update_once(world: World) -> None:
