@@ -55,8 +55,8 @@ _FIELDS: Final = "__dataclass_fields__"
 _ALL_BUT_FIELDS: Final = {**_NOT_COMPARING, "init": False, "frozen": False, "match_args": False}
 """Options that make fields alone, as `dataclasses.replace` needs them. They are not for classes that inherit fields: a
 frozen one cannot inherit as if it were not frozen."""
-_FIRST_CALLS: Final = 16
-"""Instances that a class has before its constructor is compiled, which takes as long as this many without."""
+_FIRST_CALLS: Final = 8
+"""Instances that a class has before its constructor is compiled, which takes as long as a few dozen without."""
 _DEFAULTS: Final = {"repr": True, "eq": True, "match_args": True}
 
 

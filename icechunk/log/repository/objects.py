@@ -6,7 +6,6 @@ A repository of any layout may have been, or may become, one of another, so its 
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -35,7 +34,7 @@ from icechunk.log.repository.freshness import TRUST_US, Instant, instant, is_fre
 from icechunk.log.repository.marker import Marker, decode_marker
 from icechunk.log.repository.port import SwapToken
 from icechunk.runtime.clock import Sources
-from icechunk.runtime.late_dataclass import dataclass
+from icechunk.runtime.late_dataclass import dataclass, replace
 from icechunk.runtime.tasks import in_thread
 from icechunk.storage.port import NO_LISTING, Absent, GetResult, Storage, Version
 
@@ -116,16 +115,26 @@ def known_of(info: RepoInfo, version: Version, size_bytes: int) -> Known:
     )
 
 
-async def read_repo(storage: Storage, sources: Sources) -> RepoObject | None:
+async def read_repo(
+    storage: Storage, sources: Sources, *, like: tuple[bytes, RepoObject] | None = None
+) -> RepoObject | None:
     """GET ``repo``; None where there is none. Raises `FormatError` where it is not one.
 
     If syncs are deferred and a power failure has torn the object, its durable copy is read instead.
+
+    Parameters
+    ----------
+    like
+        Bytes that it may have, and the object as decoded from them: equal ones are not decoded again.
     """
     before = instant(sources)
     try:
         answer = await storage.get(REPO_KEY)
     except ObjectNotFoundError:
         return None
+    if like is not None and answer.data == like[0]:
+        known = replace(like[1].known, version=answer.version)
+        return replace(like[1], known=known, asked=before._replace(date_us=answer.date_us))
     try:
         return _repo_of(answer, before)
     except FormatError as error:
@@ -148,13 +157,15 @@ async def read_repo_or_checkpoint(storage: Storage, sources: Sources) -> RepoObj
     """
     before = instant(sources)
     answer = storage.get_at_once(REPO_KEY, unsynced=True)
+    like = None
     if answer is not None:
         with suppress(FormatError):
             found = _repo_of(answer, before)
             marker = found.known.marker if found.known.read_only else None
             if marker is not None and marker.durable is not None and marker.durable < marker.n:
                 return found
-    return await read_repo(storage, sources)
+            like = answer.data, found
+    return await read_repo(storage, sources, like=like)
 
 
 def _repo_of(answer: GetResult, before: Instant) -> RepoObject:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from icechunk.errors import AccessDeniedError, FormatError
+from icechunk.format.repo.codec import decode_repo
+from icechunk.format.repo.repo_info import RepoInfo
 from icechunk.log.repository import events as e
+from icechunk.log.repository import objects
 from icechunk.log.repository.create import create_log
 from icechunk.log.repository.entries.reader import read_until_absent
 from icechunk.log.repository.entry import slot_key
 from icechunk.log.repository.open import open_repository
+from icechunk.runtime.clock import SYSTEM
 from icechunk.storage.local.storage import LocalStorage
 from icechunk.testing.scripted import Request, ScriptedStorage, Send
 from tests.log.repository.strategies import an_id
@@ -170,3 +175,34 @@ async def test_a_client_that_is_behind_reads_the_slot_after_the_listed_ones_too(
     # In a crowd, what a listing shows is too old to commit upon by the time when its entries are read.
     assert (await theirs.refresh()).branches["main"] == an_id(4)
     await theirs.aclose()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_repo_that_is_read_from_memory_and_then_from_the_disk_is_decoded_once_unless_it_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    world = World()
+    log = await create_log(LocalStorage(tmp_path), SYSTEM)
+    await log.append(world.commit(1))
+    await log.checkpoint()
+    earlier = (tmp_path / "repo").read_bytes()
+    await log.append(world.commit(2))
+    await log.checkpoint()
+    await log.aclose()
+    storage = LocalStorage(tmp_path)
+    if replaced:
+        newer = storage.get_at_once("repo", unsynced=True)
+        assert newer is not None
+        newer = replace(newer, body=earlier)
+        monkeypatch.setattr(storage, "get_at_once", lambda key, unsynced: newer)
+    decoded: list[bytes] = []
+
+    def noted(data: bytes) -> RepoInfo:
+        decoded.append(data)
+        return decode_repo(data)
+
+    monkeypatch.setattr(objects, "decode_repo", noted)
+    opened = await open_repository(storage, SYSTEM)
+    assert len(opened.state.snapshots) == 3
+    assert len(decoded) == (2 if replaced else 1)
+    await opened.aclose()
