@@ -16,7 +16,8 @@ from icechunk.format.ids import FIRST_SNAPSHOT, ObjectId
 from icechunk.format.repo.repo_info import SnapshotRecord
 from icechunk.log.repository.events import BranchCreated, CollectionRan, CommitAdded, DetachedSnapshotAdded, TagCreated
 from icechunk.log.repository.state import RepoState, apply, initial_state
-from icechunk.maintenance.expire import expiration, shorten
+from icechunk.maintenance.expire import expiration
+from icechunk.maintenance.expire_ref_files import shorten
 from icechunk.maintenance.ref_history import Link
 from icechunk.ops import RepoAvailability, RepoStatus
 from icechunk.storage.memory import MemoryStorage

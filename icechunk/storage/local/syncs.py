@@ -255,8 +255,10 @@ def _journal_is_inside(device: str) -> bool:
 
 def _linux() -> tuple[int, int]:
     """The version of the running Linux; (0, 0): not known."""
-    version = re.match(r"([0-9]+)\.([0-9]+)", os.uname().release)
-    return (0, 0) if version is None else (int(version[1]), int(version[2]))
+    # Compiling a pattern would take longer than all else that the first write of a process does before its sync.
+    major, _, rest = os.uname().release.partition(".")
+    minor = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+    return (int(major), int(minor)) if major.isdecimal() and minor else (0, 0)
 
 
 @cache
