@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Collection, ItemsView, Iterator, Mapping, Sequence, ValuesView
-from operator import attrgetter
 from typing import Any, Final, overload
 
 from icechunk.format.flat.flatbuffers import Table, required
@@ -17,7 +16,7 @@ from icechunk.format.snapshot.node_decoding import decode_nodes
 from icechunk.format.snapshot.stored_nodes import StoredNodes, StoredPaths, stored_nodes
 from icechunk.format.values import NodeKind, NodeSnapshot
 
-__all__ = ["NodesById", "SnapshotNodes", "array_paths", "by_id", "paths_of", "read_nodes", "with_ids"]
+__all__ = ["NodesById", "SnapshotNodes", "array_paths", "by_id", "paths_of", "paths_with_ids", "read_nodes", "with_ids"]
 
 _FEW: Final = 32
 """Number of nodes below which all are decoded at once."""
@@ -95,14 +94,15 @@ class SnapshotNodes(Mapping[str, NodeSnapshot]):
             return default
         return self._known.setdefault(path, self.stored.node(row))
 
-    def with_ids(self, ids: Collection[NodeId]) -> list[NodeSnapshot]:
-        """The nodes with these ids, in ascending order of their paths."""
+    def paths_with_ids(self, ids: Collection[NodeId]) -> dict[NodeId, str]:
+        """The paths of the nodes with these ids, ascending."""
         wanted = list(ids)
         asked = frozenset(wanted)
-        found = [node for node in self._changes.values() if node is not None and node.id in asked]
-        rows = [row for row in self.stored.find_ids(wanted) if row >= 0]
-        paths = [path for path in map(self.stored.path, rows) if path not in self._changes]
-        return sorted([*found, *map(self.__getitem__, paths)], key=attrgetter("path"))
+        found = [(node.path, node.id) for node in self._changes.values() if node is not None and node.id in asked]
+        rows = zip(wanted, self.stored.find_ids(wanted), strict=True)
+        stored = [(self.stored.path(row), id) for id, row in rows if row >= 0]
+        found += [(path, id) for path, id in stored if path not in self._changes]
+        return {id: path for path, id in sorted(found)}
 
     def values(self) -> ValuesView[NodeSnapshot]:
         """All nodes; they are decoded in blocks."""
@@ -211,10 +211,7 @@ class NodesById(Mapping[NodeId, NodeSnapshot]):
         self._nodes = nodes
 
     def __getitem__(self, id: NodeId) -> NodeSnapshot:
-        found = self._nodes.with_ids((id,))
-        if not found:
-            raise KeyError(id)
-        return found[-1]
+        return self._nodes[self._nodes.paths_with_ids((id,))[id]]
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -230,9 +227,14 @@ def by_id(nodes: Mapping[str, NodeSnapshot]) -> Mapping[NodeId, NodeSnapshot]:
 
 def with_ids(nodes: Mapping[str, NodeSnapshot], ids: Collection[NodeId]) -> dict[NodeId, NodeSnapshot]:
     """The nodes with these ids; others are not decoded."""
+    return {id: nodes[path] for id, path in paths_with_ids(nodes, ids).items()}
+
+
+def paths_with_ids(nodes: Mapping[str, NodeSnapshot], ids: Collection[NodeId]) -> dict[NodeId, str]:
+    """The paths of the nodes with these ids, in the order of the nodes; no node is decoded for it."""
     if isinstance(nodes, SnapshotNodes):
-        return {node.id: node for node in nodes.with_ids(ids)}
-    return {node.id: node for node in nodes.values() if node.id in ids}
+        return nodes.paths_with_ids(ids)
+    return {node.id: path for path, node in nodes.items() if node.id in ids}
 
 
 def array_paths(nodes: Mapping[str, NodeSnapshot]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from unittest import mock
@@ -25,7 +26,7 @@ from icechunk.format.snapshot.codec import decode_snapshot, encode_and_keep, enc
 from icechunk.format.snapshot.node_decoding import decode_one
 from icechunk.format.snapshot.node_encoding import write_nodes
 from icechunk.format.snapshot.node_region import region_of, used_manifests
-from icechunk.format.snapshot.nodes import SnapshotNodes, by_id, paths_of, with_ids
+from icechunk.format.snapshot.nodes import SnapshotNodes, by_id, paths_of, paths_with_ids, with_ids
 from icechunk.format.values import DimensionShape, ManifestFile, ManifestRef, NodeKind, NodeSnapshot, Snapshot
 from tests.raising import raises
 
@@ -98,7 +99,9 @@ def test_nodes_read_one_at_a_time_are_those_that_are_decoded_at_once(
     assert list(read) == list(paths_of(read)) == list(found)
     assert list(read.values()) == list(found.values())
     assert list(read.items()) == list(found.items())
-    assert with_ids(read, {one.id for one in found.values()}) == with_ids(found, {one.id for one in found.values()})
+    ids = {one.id for one in found.values()}
+    assert with_ids(read, ids) == with_ids(found, ids)
+    assert list(paths_with_ids(read, ids).items()) == sorted(paths_with_ids(found, ids).items(), key=itemgetter(1))
     assert read == found
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from icechunk.format.by_node import ByNode, Coords, Part, grouped_coords, num_rows
 from icechunk.format.ids import NodeId, ObjectId
-from icechunk.format.snapshot.nodes import with_ids
+from icechunk.format.snapshot.nodes import paths_with_ids
 from icechunk.format.values import Move, NodeKind, NodeSnapshot, Snapshot, TransactionLog
 from icechunk.log.session.columns import sort_last
 from icechunk.runtime.late_dataclass import dataclass
@@ -141,21 +141,17 @@ def net_diff(transactions: Sequence[TransactionLog], from_snapshot: Snapshot, to
         mentioned |= {move.node_id for move in log.moved_nodes}
     chunks = united([log.updated_chunks for log in transactions])
     mentioned |= changed | chunks.keys()
-    before = with_ids(from_snapshot.nodes, mentioned)
-    after = with_ids(to_snapshot.nodes, mentioned)
-    kept = [(before[i], after[i]) for i in before.keys() & after.keys()]
+    # Of an array whose chunks alone have changed only the path is needed: its node is not decoded.
+    before, after = (paths_with_ids(snapshot.nodes, mentioned) for snapshot in (from_snapshot, to_snapshot))
+    was, now = from_snapshot.nodes, to_snapshot.nodes
+    moved = [now[path] for i, path in after.items() if before.get(i, path) != path]
     return NetChanges(
-        new=tuple(n for i, n in after.items() if i not in before),
-        deleted=tuple(n for i, n in before.items() if i not in after),
-        updated=tuple(new for old, new in kept if new.id in changed),
-        moved=tuple(
-            sorted(
-                (Move(old.path, new.path, new.id, new.kind) for old, new in kept if old.path != new.path),
-                key=move_order,
-            )
-        ),
+        new=tuple(now[path] for i, path in after.items() if i not in before),
+        deleted=tuple(was[path] for i, path in before.items() if i not in after),
+        updated=tuple(now[path] for i, path in after.items() if i in before and i in changed),
+        moved=tuple(sorted((Move(before[n.id], n.path, n.id, n.kind) for n in moved), key=move_order)),
         chunks={i: coords for i, coords in chunks.items() if i in after},
-        paths={i: after[i].path for i in chunks if i in after},
+        paths={i: after[i] for i in chunks if i in after},
     )
 
 
