@@ -155,16 +155,19 @@ async def read_repo_or_checkpoint(storage: Storage, sources: Sources) -> RepoObj
     All that such a checkpoint says is in durable slots, and the one with its ``durable`` was made durable before it
     was replaced (rule 12 of ``spec/repository-log.md``).
     """
-    before = instant(sources)
-    answer = storage.get_at_once(REPO_KEY, unsynced=True)
-    like = None
-    if answer is not None:
+    before, like = instant(sources), None
+    for unsynced in (False, True):
+        answer = storage.get_at_once(REPO_KEY, unsynced=unsynced)
+        if answer is None:
+            continue
         with suppress(FormatError):
             found = _repo_of(answer, before)
             marker = found.known.marker if found.known.read_only else None
-            if marker is not None and marker.durable is not None and marker.durable < marker.n:
+            is_replaced_unsynced = marker is not None and marker.durable is not None and marker.durable < marker.n
+            if not unsynced or is_replaced_unsynced:
                 return found
             like = answer.data, found
+        break
     return await read_repo(storage, sources, like=like)
 
 

@@ -194,7 +194,7 @@ async def test_a_repo_that_is_read_from_memory_and_then_from_the_disk_is_decoded
         newer = storage.get_at_once("repo", unsynced=True)
         assert newer is not None
         newer = replace(newer, body=earlier)
-        monkeypatch.setattr(storage, "get_at_once", lambda key, unsynced: newer)
+        monkeypatch.setattr(storage, "get_at_once", lambda key, *, unsynced: newer if unsynced else None)
     decoded: list[bytes] = []
 
     def noted(data: bytes) -> RepoInfo:
