@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
-from itertools import chain, pairwise, repeat
+from itertools import chain, compress, pairwise, repeat
 from typing import Final
 
 import numpy as np
@@ -276,7 +276,8 @@ def united(changes: Sequence[Mapping[NodeId, Coords]]) -> dict[NodeId, Coords]:
 
 def _united_in_columns(changes: Sequence[ByNode[Coords]]) -> dict[NodeId, Coords]:
     """The same, with few numpy calls: a long history has a few chunks of each of many arrays in each of many logs."""
-    by_rank: dict[int, list[Part[Coords]]] = {}
+    by_rank: dict[int, list[tuple[Part[Coords], npt.NDArray[np.int64]]]] = {}
+    """By rank the parts, each with its number of coordinates of each array."""
     ranks: dict[NodeId, int] = {}
     for chunks in changes:
         if len(chunks.parts) > 1 and len(chunks) < sum(len(part.nodes) for part in chunks.parts):
@@ -285,17 +286,17 @@ def _united_in_columns(changes: Sequence[ByNode[Coords]]) -> dict[NodeId, Coords
         for part in chunks.parts:
             if len(part.rows):
                 rank = part.rows.shape[1]
-                by_rank.setdefault(rank, []).append(part)
-                counts = np.diff(part.edges).tolist()
-                ranks.update([(node, rank) for node, count in zip(part.nodes, counts, strict=True) if count])
+                counts = part.edges[1:] - part.edges[:-1]
+                by_rank.setdefault(rank, []).append((part, counts))
+                ranks.update(dict.fromkeys(compress(part.nodes, counts.tolist()), rank))
     found: dict[NodeId, Coords] = {}
     for rank, parts in by_rank.items():
         own = [node for node, last in ranks.items() if last == rank]
         numbers = {node: number for number, node in enumerate(own)}
-        nodes = chain.from_iterable(part.nodes for part in parts)
+        nodes = chain.from_iterable(part.nodes for part, _ in parts)
         of_entry = np.fromiter(map(numbers.get, nodes, repeat(-1)), np.int64)
-        owner = np.repeat(of_entry, np.concatenate([np.diff(part.edges) for part in parts]))
-        rows = np.concatenate([part.rows for part in parts])
+        owner = np.repeat(of_entry, np.concatenate([counts for _, counts in parts]))
+        rows = np.concatenate([part.rows for part, _ in parts])
         if len(by_rank) > 1:
             rows, owner = rows[owner >= 0], owner[owner >= 0]
         order = sort_last(np.column_stack([owner.astype(np.uint32), rows]))
