@@ -285,7 +285,7 @@ def _united_in_columns(changes: Sequence[ByNode[Coords]]) -> dict[NodeId, Coords
             chunks = grouped_coords(dict(chunks))
         for part in chunks.parts:
             if len(part.rows):
-                rank = part.rows.shape[1]
+                rank: int = part.rows.shape[1]
                 counts = part.edges[1:] - part.edges[:-1]
                 by_rank.setdefault(rank, []).append((part, counts))
                 ranks.update(dict.fromkeys(compress(part.nodes, counts.tolist()), rank))
