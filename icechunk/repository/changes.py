@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, InvalidInputError, NodeNotFoundError
+from icechunk.format.by_node import Coords
 from icechunk.format.documents import parse_document
 from icechunk.format.ids import NodeId, ObjectId, encode_id, object_id_from_text
 from icechunk.format.repo.repo_info import SnapshotRecord
@@ -32,7 +33,6 @@ from icechunk.session.content import SessionContent
 
 __all__ = ["ArrayChange", "Blame", "ChangedRegions", "Changes"]
 
-Coords: TypeAlias = npt.NDArray[np.uint32]
 Region: TypeAlias = "Sequence[slice | int] | None"
 
 _FIRST_BATCH: Final = 16

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from icechunk.conflicts import ConflictDetector, ConflictSolver, RebaseFailedError
 from icechunk.errors import ConflictError, ErrorKind, ObjectNotFoundError, SessionStateError, SnapshotNotFoundError
+from icechunk.format.by_node import Coords
 from icechunk.format.ids import NodeId, ObjectId, encode_id
 from icechunk.format.repo.repo_info import CommitAmended
 from icechunk.format.snapshot.nodes import with_ids
@@ -45,8 +45,6 @@ __all__ = [
 
 DEFAULT_REBASE_TRIES: Final = 1000
 """Rebases of one commit, one for each race that it loses, before it gives up."""
-
-Coords: TypeAlias = npt.NDArray[np.uint32]
 
 _LOG = logging.getLogger(__name__)
 _LANDED_TRIES = 3

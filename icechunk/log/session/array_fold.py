@@ -21,6 +21,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from icechunk.format.by_node import Coords
 from icechunk.format.ids import NodeId
 from icechunk.format.values import ChunkRef, ChunkRefs
 from icechunk.log.session.columns import (
@@ -47,8 +48,6 @@ __all__ = [
     "inside",
     "layered",
 ]
-
-Coords = npt.NDArray[np.uint32]
 
 _SAMPLE: Final = 2**16
 _SLAB_SAMPLES: Final = 64

@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from icechunk.format.by_node import Coords
 from icechunk.format.ids import ObjectId
 from icechunk.format.values import ETAG, ID12, INLINE, LAST_MODIFIED, NATIVE, NO_CHECKSUM, VIRTUAL, ChunkRef, ChunkRefs
 
@@ -38,7 +39,6 @@ __all__ = [
     "trimmed",
 ]
 
-Coords = npt.NDArray[np.uint32]
 Rows = npt.NDArray[np.intp]
 
 

@@ -10,12 +10,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from icechunk.format.by_node import Coords
 from icechunk.format.values import Extents
 from icechunk.log.session.columns import packed
 
 __all__ = ["around", "bounds", "by_tile", "clipped", "halved", "in_box", "overlap", "slabs", "union", "volume"]
 
-Coords = npt.NDArray[np.uint32]
 Rows = npt.NDArray[np.intp]
 
 _BLOCK: Final = 2**20

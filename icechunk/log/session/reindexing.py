@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, InvalidInputError
+from icechunk.format.by_node import Coords
 from icechunk.format.values import ChunkRefs
 from icechunk.log.session.columns import CoordIndex, normalized
 
 __all__ = ["Reindex", "reindexed", "shifted"]
 
-Coords = npt.NDArray[np.uint32]
 Reindex: TypeAlias = Callable[[Iterable[int]], Iterable[int] | None]
 
 

@@ -18,9 +18,6 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import replace
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
 from icechunk.conflicts import (
     BasicConflictSolver,
     Conflict,
@@ -48,8 +45,6 @@ from icechunk.log.session.merge.landed import Landed, LandedSince
 from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["Winner", "carried_over", "find_conflicts", "rebase"]
-
-Coords = npt.NDArray[np.uint32]
 
 _ORDER: Final = (
     ConflictType.NewNodeConflictsWithExistingNode,

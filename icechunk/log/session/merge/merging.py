@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from icechunk.conflicts import MergeConflict, MergeConflictType, MergeFailedError
 from icechunk.errors import AlreadyExistsError, ErrorKind, NodeNotFoundError, SessionStateError
+from icechunk.format.by_node import Coords
 from icechunk.format.ids import NodeId
 from icechunk.format.values import INLINE, NATIVE, ChunkRef, NodeKind, NodeSnapshot, Snapshot
 from icechunk.log.session.array_fold import inside
@@ -48,7 +49,6 @@ from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["Fork", "Merge", "MergePolicy", "Pair", "event_key"]
 
-Coords: TypeAlias = npt.NDArray[np.uint32]
 MergePolicy: TypeAlias = Literal["error", "ours", "theirs"]
 """The choice where two sides changed the same chunks, or the metadata of one array: refuse; keep the target's;
 or take that of the fork, which is merged later."""

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icechunk.errors import ErrorKind, FormatError, InvalidInputError
+from icechunk.format.by_node import Coords
 from icechunk.format.ids import ObjectId
 from icechunk.format.manifest.refs_by_node import of_rank
 from icechunk.format.values import ChunkRefs, Manifest, ManifestRef, NodeSnapshot
@@ -18,8 +19,6 @@ from icechunk.log.session.plan.tiles import Tile
 from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["ArrayPlan", "pieces", "references", "require_fit", "written_of"]
-
-Coords = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -32,6 +32,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from icechunk.format.by_node import Coords
 from icechunk.format.ids import ObjectId
 from icechunk.format.values import Extents, ManifestFile, ManifestRef
 from icechunk.log.session.columns import sort_last
@@ -40,7 +41,6 @@ from icechunk.runtime.late_dataclass import dataclass
 
 __all__ = ["Tile", "TilePolicy", "plan_anew", "plan_grid", "plan_tiles"]
 
-Coords = npt.NDArray[np.uint32]
 Rows = npt.NDArray[Any]
 """Row numbers; uint32 if there may be very many."""
 
