@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from icechunk.config import S3Options, StorageRetriesSettings, StorageSettings
 from icechunk.credentials import S3Credentials, S3StaticCredentials
@@ -19,6 +20,10 @@ from icechunk.storage.s3.storage import S3Storage
 from tools import services
 
 BUCKET = "icechunk-tests"
+
+# A slow machine is no failure.
+settings.register_profile("any machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:

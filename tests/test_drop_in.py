@@ -89,7 +89,7 @@ def test_chunks_of_a_rectilinear_grid_are_not_shifted() -> None:
         np.testing.assert_array_equal(zarr.open_array(session.store, path="a")[:], [1, 2, 3])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(tree_and_mixed_moves(max_leaves=st.just(12), n_moves=st.integers(1, 5)))
 def test_moves_of_the_official_strategies_agree_with_the_model(
     tree_moves: tuple[GroupNode, list[tuple[str, str, str | None]]],

@@ -115,7 +115,7 @@ def constantly(tile: tuple[int, ...]) -> Callable[[NodeSnapshot], tuple[int, ...
     return lambda node: tile
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(STEPS)
 def test_the_same_values_are_read_under_any_splitting_and_after_its_changes(steps: list) -> None:  # type: ignore[type-arg]
     from icechunk.log.session.plan.compaction import plan

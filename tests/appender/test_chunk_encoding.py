@@ -30,7 +30,7 @@ COMPRESSORS: list[Any] = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     data=st.data(),
     shape=hnp.array_shapes(min_dims=1, max_dims=3, max_side=7),
@@ -101,7 +101,7 @@ async def test_texts_are_left_to_zarr() -> None:
 UNIT_S = {"days": 86400, "hours": 3600, "seconds": 1}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @example(hours=[-562048, 2_000_000], resolution="s", units="seconds", since="1850-06-15T00:30:00", calendar=None)
 @example(hours=[2_000_000] * 12, resolution="ns", units="seconds", since="1850-06-15T00:30:00", calendar=None)
 @given(

@@ -298,7 +298,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs)
 def test_every_configuration_round_trips_through_both_stored_forms(config: RepositoryConfig) -> None:
     data = config_to_dict(config)

@@ -25,7 +25,7 @@ expressions = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(expressions, st.text("abAéx1_ /\n", max_size=8))
 def test_the_automaton_matches_where_pythons_engine_does(expression: str, text: str) -> None:
     pattern = Pattern(expression)

@@ -18,7 +18,7 @@ Coordinates = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(manifests())
 def test_references_of_many_arrays_are_those_of_each(manifest: Manifest) -> None:
     columns = grouped_refs(manifest.arrays)
@@ -32,7 +32,7 @@ def test_references_of_many_arrays_are_those_of_each(manifest: Manifest) -> None
     assert columns.get(NodeId(b"absent..")) is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(manifests(), st.sampled_from((1, 2)))
 def test_a_manifest_of_columns_is_written_like_one_of_single_arrays(manifest: Manifest, spec_version: int) -> None:
     columns = Manifest(id=manifest.id, arrays=grouped_refs(manifest.arrays))
@@ -44,7 +44,7 @@ def test_a_manifest_of_columns_is_written_like_one_of_single_arrays(manifest: Ma
     assert contents(decode_manifest(encode_manifest(read, spec_version))) == contents(manifest)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(Coordinates)
 def test_coordinates_of_many_arrays_are_those_of_each(drawn: dict[NodeId, list[tuple[int, ...]]]) -> None:
     chunks = {

@@ -25,7 +25,7 @@ from tools.fuzz.decoders import DECODERS, FLEXBUFFERS, attempt, fixtures, mutate
 
 
 @pytest.mark.parametrize("target", sorted(targets()))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**63))
 def test_mutated_files_are_read_or_refused_with_a_format_error(target: str, seed: int) -> None:
     decoder, mutator, seeds = targets_of(target)

@@ -27,7 +27,7 @@ def comparable(log: TransactionLog) -> list[object]:
     return list(values.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from((1, 2)))
 def test_transaction_logs_come_back_as_they_were(data: st.DataObject, spec_version: int) -> None:
     log = data.draw(transaction_logs(spec_version))
@@ -35,7 +35,7 @@ def test_transaction_logs_come_back_as_they_were(data: st.DataObject, spec_versi
     assert comparable(again) == comparable(log)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from((1, 2)))
 def test_few_changed_chunks_are_written_to_the_same_bytes_as_many(data: st.DataObject, spec_version: int) -> None:
     log = data.draw(transaction_logs(spec_version))
@@ -48,7 +48,7 @@ def test_few_changed_chunks_are_written_to_the_same_bytes_as_many(data: st.DataO
 VERSIONED = st.sampled_from((1, 2)).flatmap(lambda version: st.tuples(st.just(version), transaction_logs(version)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(VERSIONED, max_size=4))
 def test_logs_that_are_read_together_are_those_that_are_read_alone(logs: list[tuple[int, TransactionLog]]) -> None:
     files = [(log.id, encode_transaction_log(log, version)) for version, log in logs]

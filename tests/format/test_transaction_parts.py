@@ -15,7 +15,7 @@ from icechunk.format.values import TransactionLog
 SIZES = st.lists(st.integers(0, 20), max_size=5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SIZES, st.integers(1, 10))
 def test_every_chunk_is_in_one_part_and_everything_else_in_the_last(sizes: list[int], most: int) -> None:
     ids = (ObjectId(bytes([i]) * 12) for i in itertools.count(1))

@@ -159,7 +159,7 @@ def test_the_text_of_a_graph_is_its_repr() -> None:
     assert str(graph) == repr(graph) != ""
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_every_history_is_drawn_with_each_snapshot_once_and_children_above_parents(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 25))

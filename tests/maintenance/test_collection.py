@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import icechunk
@@ -420,7 +420,7 @@ ACTIONS = st.lists(
 
 @pytest.mark.thorough
 @given(ACTIONS, st.sampled_from([None, 2, 1]))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 def test_after_any_history_everything_reachable_reads_back_and_no_garbage_is_left(
     actions: list[tuple[str, int]], version: int | None
 ) -> None:

@@ -227,7 +227,7 @@ def logs_between(state: RepoState, snapshot: ObjectId) -> list[ObjectId]:
 
 
 @given(histories(), st.integers(0, 15), st.booleans(), st.booleans(), st.integers(0, 15))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_expiring_and_collecting_keep_every_ref_and_all_transaction_logs_in_order(
     state: RepoState, older: int, branches: bool, tags: bool, cutoff: int
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools.forget import LAYOUTS, run
@@ -11,7 +11,7 @@ from tools.forget import LAYOUTS, run
 
 @pytest.mark.parametrize("version", LAYOUTS, ids=["log", "repo", "refs"])
 @given(st.integers(0, 2**32))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12)
 def test_no_object_holds_deleted_bytes_and_all_remaining_data_reads_back(version: int | None, seed: int) -> None:
     assert run(seed, version).problems == []
 

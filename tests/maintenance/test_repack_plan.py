@@ -51,7 +51,7 @@ def read(refs: ChunkRefs, objects: dict[ObjectId, bytes]) -> list[bytes]:
 
 
 @given(SPANS, st.sets(st.sampled_from(sorted(OBJECTS))), st.integers(1, 80))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_moved_chunks_read_the_same_and_no_others_move(
     spans: list[tuple[ObjectId, int, int]], chosen: set[ObjectId], pack_size_bytes: int
 ) -> None:
@@ -80,7 +80,7 @@ def test_a_reference_to_bytes_that_do_not_move_is_no_reference_to_something_else
 
 
 @given(SPANS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bytes_of_each_object_count_once(spans: list[tuple[ObjectId, int, int]]) -> None:
     rows = RowSet(CHUNK_ID_BYTES + SPAN_BYTES)
     refs = references(spans)
@@ -114,7 +114,7 @@ CANDIDATES = st.lists(st.tuples(st.integers(1, 100), st.floats(0, 1)), max_size=
 
 
 @given(CANDIDATES, st.integers(0, 300), st.sampled_from([0.0, 0.3, 0.5, 1.0]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_all_below_the_threshold_are_chosen_and_as_many_more_as_the_bound_needs(
     items: list[tuple[int, float]], whole: int, below: float
 ) -> None:

@@ -94,7 +94,7 @@ SPANS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30), st.integers(0,
 
 
 @given(SPANS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bytes_of_shared_objects_count_once_however_ranges_overlap(spans: list[tuple[int, int, int]]) -> None:
     counter = _Counter()
     for part in (spans[::2], spans[1::2]):
@@ -151,7 +151,7 @@ def test_a_set_of_rows_is_a_set(parts: list[list[bytes]], asked: list[bytes]) ->
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from((1, 50, 5_000, 200_000)), st.sampled_from((0, 1, 10, 20_000)))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_distinct_rows_are_those_of_a_set_however_often_each_occurs(seed: int, values: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     rows = np.empty(count, [("id", "S12"), ("number", ">u4")])

@@ -238,7 +238,7 @@ def test_blame_reads_all_parts_of_the_commit_that_created_the_array(monkeypatch:
 
 
 @pytest.mark.thorough
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_blame_is_that_of_a_model(data: st.DataObject) -> None:
     repo = icechunk.Repository.create(icechunk.in_memory_storage())

@@ -245,7 +245,7 @@ def change(log: SessionLog, changes: list[tuple[str, int, int]], mark: int) -> N
             log.set_metadata(path, group_json(mark=mark, n=n))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(CHANGES, CHANGES, CHANGES)
 def test_the_combined_transaction_log_equals_both_logs_in_a_row(
     before: list[tuple[str, int, int]], first: list[tuple[str, int, int]], second: list[tuple[str, int, int]]

@@ -431,7 +431,7 @@ def test_merges_of_several_threads_at_once_all_arrive(repo: Repository) -> None:
     assert get(session, "b")[:2] == [5, 5]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 2)), max_size=4),

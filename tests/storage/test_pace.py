@@ -45,7 +45,7 @@ async def test_bound_is_one_at_the_least_and_vanishes_once_all_is_well() -> None
     assert 500 < answers < 1000
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.tuples(st.integers(0, 4), st.sampled_from([True, False, None]), st.none() | st.integers(0, 6)), max_size=40

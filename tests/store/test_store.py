@@ -151,7 +151,7 @@ async def test_byte_ranges_are_clamped_as_zarr_does(filled: IcechunkStore) -> No
             assert await read(filled, key, byte_range) == part(value, byte_range), (key, byte_range)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     byte_range=st.one_of(
         st.builds(RangeByteRequest, st.integers(0, 20), st.integers(0, 20)),

@@ -34,7 +34,6 @@ from tests.store.store_builders import PROTOTYPE, array_document, buffer, group_
 SETTINGS = settings(
     max_examples=12,
     stateful_step_count=25,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
 

@@ -386,7 +386,7 @@ async def test_times_as_checksums_count_in_fractions_where_the_store_has_them(
         assert changed.value.kind == ErrorKind.VIRTUAL_CHUNK_MODIFIED
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     names=st.lists(st.sampled_from(["a", "b", "c", "d/e", "", "./f"]), min_size=6, max_size=6), ascending=st.booleans()
 )

@@ -123,7 +123,7 @@ steps = st.builds(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     sizes=st.lists(st.integers(1, 400), min_size=5, max_size=5),
     schedule=st.lists(steps, min_size=1, max_size=40),

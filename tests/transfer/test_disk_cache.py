@@ -43,7 +43,7 @@ def files(tmp_path: Path) -> list[Path]:
     return sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 999), st.integers(1, 400)), max_size=8),
     st.lists(st.tuples(st.integers(0, 1100), st.integers(1, 600)), min_size=1, max_size=8),

@@ -204,7 +204,7 @@ def test_a_waiter_gets_the_result_after_the_cancel_scope_of_the_first_caller() -
     anyio.run(main)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(
         st.tuples(st.sampled_from("abc"), st.sampled_from([None, Range(0, 3), Range(0, 20)]), st.integers(0, 9)),

@@ -120,7 +120,7 @@ def test_requests_of_other_magnitudes_say_nothing_about_one() -> None:
     assert latencies.stuck_s(None, 1.0, 5.0) == 5.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

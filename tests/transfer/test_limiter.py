@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from icechunk.transfer.limiter import Gate
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.integers(0, 5), st.none() | st.integers(0, 8)), max_size=30),
     st.integers(1, 4),

@@ -71,7 +71,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     operations=operations,
     seed=st.integers(0, 2**32),
@@ -122,7 +122,7 @@ def test_any_sequence_of_puts_reads_and_flushes_returns_exactly_the_newest_bytes
     asyncio.run(bounded())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 150), min_size=1, max_size=60),
     cancelled=st.lists(st.tuples(st.integers(0, 59), st.integers(0, 6)), max_size=12),

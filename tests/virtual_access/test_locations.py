@@ -107,7 +107,7 @@ SEGMENT = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(["s3://data/pre", "file:///srv", "https://web/x", "vcc://pre"]), st.lists(SEGMENT, max_size=6))
 def test_no_reference_leaves_its_prefix(start: str, segments: list[str]) -> None:
     location = "/".join([start, *segments])
@@ -124,7 +124,7 @@ def test_no_reference_leaves_its_prefix(start: str, segments: list[str]) -> None
     assert key.startswith(container.url_prefix.split("/", 3)[3])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from(["s3://data/pre", "file:///srv", "https://web/x", "S3://data/pre"]), st.lists(SEGMENT, max_size=4)
 )
@@ -160,7 +160,7 @@ def test_distinct_plain_locations_ascend_within_and_between_the_batches_that_are
         assert not PREFIXES.all_plain_and_ascending([*plain[:at], plain[at] + "/..", *plain[at + 1 :]])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.lists(
         st.tuples(

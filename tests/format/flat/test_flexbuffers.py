@@ -31,19 +31,19 @@ _WRITABLE: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(json_values)
 def test_values_come_back_as_they_were(value: Any) -> None:
     assert flexbuffers.loads(flexbuffers.dumps(value)) == value
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(_PLAIN)
 def test_an_independent_reader_reads_our_bytes(value: Any) -> None:
     assert reference.Loads(flexbuffers.dumps(value)) == value
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(_WRITABLE)
 def test_our_reader_reads_the_bytes_of_an_independent_writer(value: Any) -> None:
     data = bytes(reference.Dumps(value))

@@ -118,7 +118,7 @@ def test_without_the_fast_path_of_zstandard_the_bytes_are_the_same(monkeypatch: 
     assert np.array_equal(fast[1], slow[1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=40), min_size=1, max_size=60),
     st.integers(1, 100),

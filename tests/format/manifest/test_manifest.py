@@ -45,7 +45,7 @@ def native(coords: list[tuple[int, ...]]) -> ChunkRefs:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(manifests(), st.sampled_from((1, 2)))
 def test_manifests_come_back_as_they_were(manifest: Manifest, spec_version: int) -> None:
     again = decode_manifest(encode_manifest(manifest, spec_version), expected_id=manifest.id)
@@ -53,7 +53,7 @@ def test_manifests_come_back_as_they_were(manifest: Manifest, spec_version: int)
     assert all(refs.coords.dtype == np.uint32 for refs in again.arrays.values())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(manifests(), st.sampled_from((1, 2)))
 def test_few_native_and_inline_references_are_written_to_the_same_bytes_as_many(
     manifest: Manifest, spec_version: int
@@ -109,7 +109,7 @@ def read_independently(payload: bytes) -> list[tuple[Any, ...]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(chunk_refs())
 def test_an_independent_reader_reads_our_bytes_and_finds_them_aligned(refs: ChunkRefs) -> None:
     _, payload = unseal(encode_manifest(one_array(refs)), FileType.MANIFEST)
@@ -326,14 +326,14 @@ def together(files: Sequence[tuple[ObjectId, bytes]]) -> list[list[tuple[NodeId,
 
 
 @pytest.mark.thorough
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(manifests(), st.sampled_from((1, 2))), max_size=5))
 def test_manifests_that_are_read_together_have_the_contents_of_each(many: list[tuple[Manifest, int]]) -> None:
     files = [(one.id, encode_manifest(one, spec_version)) for one, spec_version in many]
     assert together(files) == singly(files)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.randoms(use_true_random=False))
 def test_of_manifests_that_are_read_together_a_corrupt_one_is_refused_or_read_as_if_it_were_alone(rng: Random) -> None:
     files = []
@@ -355,7 +355,7 @@ def test_of_manifests_that_are_read_together_a_corrupt_one_is_refused_or_read_as
     assert found == singly(files)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(manifests(), st.sampled_from((1, 2)))
 def test_coordinates_alone_are_those_of_the_references(manifest: Manifest, spec_version: int) -> None:
     data = encode_manifest(manifest, spec_version)
@@ -385,7 +385,7 @@ def test_coordinates_alone_of_many_references_of_several_kinds(period: int) -> N
     assert decode_coords(data, NODE, 3) is None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.randoms(use_true_random=False))
 def test_coordinates_alone_of_a_corrupt_manifest_are_refused_or_those_of_the_references(rng: Random) -> None:
     _, payload = unseal(encode_manifest(one_array(native([(n, 2 * n) for n in range(50)]))), FileType.MANIFEST)

@@ -14,7 +14,7 @@ from tools.fuzz.strategies import repo_infos
 OTHER = ObjectId(b"o" * 12)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(repo_infos())
 def test_repo_infos_come_back_as_they_were(info: RepoInfo) -> None:
     again = decode_repo(encode_repo(info))
@@ -33,7 +33,7 @@ def test_a_branch_without_its_snapshot_is_refused() -> None:
         encode_repo(info)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=9), st.sampled_from([FIRST_SNAPSHOT, OTHER])))
 def test_many_branches_are_written_as_a_few_are(branches: dict[str, ObjectId]) -> None:
     info = RepoInfo(

@@ -110,9 +110,7 @@ def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("icechunk.format.repo.codec._FEW", 0)
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.lists(RECORDS | st.integers(0, 12).map(an_id), max_size=6), min_size=1, max_size=3), st.randoms())
 def test_a_graph_equals_a_dict_after_any_changes_and_files(
     rounds: list[list[SnapshotRecord | ObjectId]], chance: random.Random
@@ -168,7 +166,7 @@ def test_changes_are_compacted_before_they_are_many() -> None:
     assert [one.id for one in graph.lineage(an_id(1499))] == [an_id(i) for i in range(1499, -1, -1)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 600), st.integers(0, 40), st.integers(0, 5), st.booleans(), st.randoms(use_true_random=False))
 def test_a_graph_without_released_snapshots_equals_a_dict_without_them(
     kept_in_file: int, added: int, deleted: int, valid: bool, chance: random.Random
@@ -333,7 +331,7 @@ def test_only_the_read_part_of_a_long_lineage_is_decoded_and_an_unreadable_one_i
         list(graph.lineage_rows(an_id(299)))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.randoms(use_true_random=False))
 def test_a_damaged_lineage_is_refused_or_read_later_as_at_once(chance: random.Random) -> None:
     _, payload = unseal(encode_repo(RepoInfo(snapshots=history(4), status=STATUS)), FileType.REPO_INFO)
@@ -416,7 +414,7 @@ def test_columns_answer_as_the_records_do(count: int, changed: dict[int, int | N
     assert graph.stored.find_all(asked).tolist() == [-1 if row is None else row for row in rows]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(count=st.integers(33, 300), seed=st.integers(0, 2**32), same=st.integers(0, 3))
 def test_many_ids_are_found_as_each_of_them_is(count: int, seed: int, same: int) -> None:
     chance = random.Random(seed)

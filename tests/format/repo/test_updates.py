@@ -38,9 +38,7 @@ def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("icechunk.format.repo.update_encoding._FEW", request.param)
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(LISTS, LISTS, st.integers(-9, 9), st.integers(-9, 9), st.text(max_size=3))
 def test_a_list_equals_a_tuple_after_any_files(
     old: list[Update], new: list[Update], first: int, end: int, backup: str

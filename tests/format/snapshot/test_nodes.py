@@ -83,7 +83,7 @@ TREES = st.dictionaries(PATHS, st.integers(0, 20), min_size=1, max_size=40).map(
 CHANGES = st.dictionaries(PATHS, st.none() | st.integers(0, 20), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TREES, st.sampled_from((1, 2)))
 def test_nodes_read_one_at_a_time_are_those_that_are_decoded_at_once(
     found: dict[str, NodeSnapshot], version: int
@@ -105,7 +105,7 @@ def test_nodes_read_one_at_a_time_are_those_that_are_decoded_at_once(
     assert read == found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TREES, st.lists(CHANGES, max_size=4), st.sampled_from((1, 2)), st.integers(0, 2**32))
 def test_changed_nodes_are_a_mapping_and_are_written_as_one(
     base: dict[str, NodeSnapshot], steps: list[dict[str, int | None]], version: int, seed: int
@@ -185,7 +185,7 @@ def test_a_commit_of_one_node_makes_a_file_larger_by_little_more_than_that_node(
     assert decode_snapshot(data).nodes == found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from([b"", b"{}", b"{ }", DOCUMENT]), min_size=1, max_size=80), st.sampled_from((1, 2)))
 def test_equal_documents_are_written_once_for_every_eight_nodes(documents: list[bytes], version: int) -> None:
     groups = {
@@ -246,7 +246,7 @@ def broken(rng: Random, payload: bytes) -> bytes:
     return bytes(octets)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.randoms(use_true_random=False), st.sampled_from((1, 2)))
 def test_corrupt_nodes_are_refused_or_read_right_and_never_copied(rng: Random, version: int) -> None:
     _, payload = unseal(encode_snapshot(snapshot_of(tree(6)), version), FileType.SNAPSHOT)

@@ -23,7 +23,7 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 EMPTY = Snapshot(id=FIRST_SNAPSHOT, flushed_at_us=1, message="")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from((1, 2)))
 def test_snapshots_come_back_as_they_were(data: st.DataObject, spec_version: int) -> None:
     snapshot = data.draw(snapshots(spec_version))
@@ -64,7 +64,7 @@ def replace_number(dim: DimensionShape, n: int) -> DimensionShape:
     return DimensionShape(dim.num_chunks * (n + 1), dim.num_chunks)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from((1, 2)))
 def test_many_nodes_come_back_as_they_were(data: st.DataObject, spec_version: int) -> None:
     snapshot = EMPTY.with_nodes(data.draw(many_nodes(spec_version)))
@@ -83,7 +83,7 @@ def read_both_ways(data: bytes) -> tuple[Snapshot | FormatError, Snapshot | Form
     return found[0], found[1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from((1, 2)))
 def test_many_nodes_are_read_as_one_by_one(data: st.DataObject, spec_version: int) -> None:
     snapshot = EMPTY.with_nodes(data.draw(many_nodes(spec_version)))
@@ -97,7 +97,7 @@ def test_official_snapshots_are_read_in_columns_as_one_by_one(path: Path) -> Non
     assert columns == one_by_one
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.randoms(use_true_random=False), st.sampled_from((1, 2)))
 @example(Random(5698), 2)  # a vtable of 255 bytes
 def test_corrupt_nodes_are_refused_or_read_as_one_by_one(rng: Random, spec_version: int) -> None:

@@ -48,7 +48,7 @@ def singly(files: Sequence[tuple[ObjectId, bytes]]) -> Uses:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_snapshots_that_are_read_together_have_the_references_of_each(data: st.DataObject) -> None:
     versions = data.draw(st.lists(st.sampled_from((1, 2)), min_size=1, max_size=5))
@@ -57,7 +57,7 @@ def test_snapshots_that_are_read_together_have_the_references_of_each(data: st.D
     assert together(files) == singly(files)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.randoms(use_true_random=False), st.sampled_from((1, 2)))
 def test_of_snapshots_that_are_read_together_a_corrupt_one_is_refused_or_read_as_if_it_were_alone(
     rng: Random, version: int

@@ -320,7 +320,7 @@ def test_feature_flags_go_on_off_and_back_to_their_default() -> None:
     assert state.disabled_feature_flags == frozenset()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(EVENTS, max_size=12), st.integers(0, 9000))
 def test_any_sequence_folds_to_a_state_that_holds_together(events: list[e.Event], time_us: int) -> None:
     state = fresh()

@@ -68,7 +68,7 @@ def canonical(value: object) -> object:
     return value
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(WILD, max_size=4), NUMBERS)
 def test_every_event_that_the_fold_accepts_is_written_to_a_checkpoint_and_read_back_equal(
     events: list[e.Event], time_us: int
@@ -97,7 +97,7 @@ def test_every_event_that_the_fold_accepts_is_written_to_a_checkpoint_and_read_b
     )  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(WILD)
 def test_an_event_that_came_through_no_entry_is_refused_as_well(event: e.Event) -> None:
     try:

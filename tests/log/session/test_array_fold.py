@@ -33,7 +33,7 @@ def same_rows(a: ChunkRefs, b: ChunkRefs) -> bool:
     return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in columns)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(RANK_AND_LAYERS, st.data())
 def test_layers_seen_as_one_list_equal_the_merged_layer(
     points: list[list[tuple[int, ...]]], data: st.DataObject
@@ -77,7 +77,7 @@ def test_a_column_of_one_value_takes_no_room_however_rows_are_taken_and_joined()
         assert refs.row(1).chunk_id == parts[0].row(0).chunk_id
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(1, 3), st.integers(1, 9), st.data())
 def test_slabs_are_runs_of_rows_in_disjoint_boxes(rank: int, most: int, data: st.DataObject) -> None:
     points = data.draw(st.lists(st.tuples(*[st.integers(0, 5)] * rank), max_size=60, unique=True))
@@ -89,7 +89,7 @@ def test_slabs_are_runs_of_rows_in_disjoint_boxes(rank: int, most: int, data: st
     assert not any(overlap(a, b) for i, a in enumerate(held) for b in held[:i])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3), st.data())
 def test_rows_are_grouped_by_tile_however_large_the_grid(rank: int, data: st.DataObject) -> None:
     most = data.draw(st.sampled_from([5, 70_000, 2**32 - 1]))
@@ -117,7 +117,7 @@ WRITES = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(WRITES, st.sampled_from([None, (3, 4), (2**32 - 1, 2)]))
 def test_large_sessions_commit_the_same_as_small_ones(
     steps: list[tuple[str, tuple[int, int], tuple[int, int]]], tile: tuple[int, int] | None

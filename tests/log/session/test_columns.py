@@ -24,7 +24,7 @@ def coordinates(draw: st.DrawFn, values: st.SearchStrategy[int] = LARGE, unique:
     return np.array(rows, np.uint32).reshape(len(rows), rank)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(coordinates(), st.data())
 def test_sorting_and_searching_equal_plain_python(coords: np.ndarray, data: st.DataObject) -> None:
     rows = [tuple(r) for r in coords.tolist()]
@@ -53,7 +53,7 @@ ref = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.dictionaries(st.tuples(SMALL, SMALL), ref, max_size=8), min_size=1, max_size=5))
 def test_rows_are_equal_after_columns_concatenation_selection_and_trimming(
     parts: list[dict[tuple[int, ...], ChunkRef]],
@@ -76,7 +76,7 @@ def test_rows_are_equal_after_columns_concatenation_selection_and_trimming(
     assert find(ChunkRefs.empty(2), (1, 1)) is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(coordinates(SMALL, unique=True), st.integers(1, 9))
 def test_halves_are_disjoint_complete_and_small_enough(coords: np.ndarray, most: int) -> None:
     pieces = halved(coords, most)
@@ -86,7 +86,7 @@ def test_halves_are_disjoint_complete_and_small_enough(coords: np.ndarray, most:
     assert not any(overlap(a, b) for a, b in itertools.combinations(boxes, 2))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(coordinates(SMALL, unique=True), st.integers(1, 5), st.integers(1, 4))
 def test_pieces_around_obstacles_meet_neither_them_nor_each_other(coords: np.ndarray, most: int, every: int) -> None:
     pieces = halved(coords, most)
@@ -100,7 +100,7 @@ def test_pieces_around_obstacles_meet_neither_them_nor_each_other(coords: np.nda
     assert sorted(np.concatenate(around(rest, obstacles)).tolist()) == list(range(len(rest)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(coordinates(SMALL, unique=True), st.data())
 def test_rows_in_a_box_and_in_tiles_equal_plain_python(coords: np.ndarray, data: st.DataObject) -> None:
     order = sort_last(coords)

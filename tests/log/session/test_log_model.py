@@ -361,6 +361,5 @@ TestSessionLog = SessionLogMachine.TestCase
 TestSessionLog.settings = settings(
     max_examples=60,
     stateful_step_count=30,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )

@@ -72,7 +72,7 @@ def test_bytes_that_are_no_segment_are_a_format_error(data: bytes) -> None:
         decode_segment(data)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, len(DATA) - 1), st.integers(0, 255), st.booleans())
 def test_corrupt_bytes_are_a_format_error_or_a_segment(at: int, value: int, cut: bool) -> None:
     data = DATA[:at] if cut else DATA[:at] + bytes([value]) + DATA[at + 1 :]

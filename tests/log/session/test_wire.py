@@ -77,7 +77,7 @@ def test_bytes_that_are_no_log_are_a_format_error(data: bytes) -> None:
 SAMPLE = bytes_of(sample())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, len(SAMPLE) - 1), st.integers(0, 255), st.booleans())
 @example(SAMPLE.rindex(b"\xff\xff\xff\xff") + 3, 0, False)
 def test_corrupt_bytes_are_a_format_error_or_a_log(at: int, value: int, cut: bool) -> None:

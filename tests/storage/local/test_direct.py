@@ -64,7 +64,7 @@ def test_whole_blocks_are_written_from_the_start(new_file: Callable[[], int], si
         os.close(file)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.integers(0, 3 * MIB), seed=st.integers(0, 250), offset=st.sampled_from([0, 1, 512, BLOCK_BYTES]))
 def test_a_file_has_exactly_the_bytes(tmp_path: Path, size: int, seed: int, offset: int) -> None:
     data = contents(size + offset, seed)[offset:]

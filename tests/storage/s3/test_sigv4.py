@@ -26,7 +26,7 @@ class _Signer(S3SigV4Auth):  # type: ignore[misc]
         return self.payload_hash
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     method=st.sampled_from(["GET", "PUT", "POST", "DELETE", "HEAD"]),
     key=_keys,

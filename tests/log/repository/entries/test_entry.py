@@ -36,7 +36,7 @@ def test_newer_epochs_sort_before_older_ones() -> None:
     assert new_epoch(b"z" * 12, 2_000_000_000_000_000) < new_epoch(b"a" * 12, 1_900_000_000_000_000)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(EVENTS, max_size=4), st.none() | st.integers(0, 2**62), st.integers(1, 2**39))
 def test_an_entry_is_read_back_as_written(events: list[e.Event], since_us: int | None, n: int) -> None:
     try:
@@ -74,7 +74,7 @@ def test_an_entry_in_the_wrong_slot_is_corrupt() -> None:
         decode_entry(encoded(e.Void()), n=2)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.binary(max_size=60)
     | st.builds(lambda i, b: encoded(e.Void())[:i] + b, st.integers(0, 90), st.binary(max_size=3))
@@ -99,7 +99,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(JSON)
 def test_every_json_value_and_bytes_round_trip_through_an_entry(value: object) -> None:
     assert unpack(json_codec.loads(json_codec.dumps(pack(value)))) == value

@@ -332,7 +332,7 @@ def test_chunks_of_an_array_whose_rank_they_changed_conflict_with_the_update_onl
     assert [c.conflict_type.name for c in found] == [UPDATED]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 9), max_size=8), st.lists(st.integers(0, 9), max_size=8), st.booleans())
 def test_chunks_of_both_sides_are_all_there_with_either_solver_choice(
     first: list[int], second: list[int], ours_win: bool

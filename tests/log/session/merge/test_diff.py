@@ -131,7 +131,7 @@ LOGS = st.lists(
 
 
 @given(LOGS, st.integers(0, 2**32 - 1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_coordinates_of_many_logs_are_united_by_array(
     logs: list[dict[int, tuple[int, list[list[int]]]]], number: int
 ) -> None:

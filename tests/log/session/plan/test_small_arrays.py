@@ -50,7 +50,7 @@ def content(refs: ChunkRefs) -> list[tuple[object, ...]]:
     return [*rows(refs.take(live)), *map(tuple, refs.coords[~live].tolist())]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.integers(0, 2), st.booleans())
 def test_rows_of_many_arrays_become_the_columns_of_each(data: st.DataObject, ndim: int, virtual: bool) -> None:
     many = data.draw(st.lists(small_arrays(ndim, virtual, True), max_size=5))
@@ -77,7 +77,7 @@ def some_rows(rng: Random, grid: tuple[int, ...], virtual: bool) -> dict[tuple[i
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.randoms(use_true_random=False), st.integers(0, 2), st.booleans())
 def test_commits_of_many_small_arrays_equal_commits_of_each_alone(rng: Random, ndim: int, virtual: bool) -> None:
     """Commits in which arrays are written, deleted from and resized, some of it laid down in columns before."""
