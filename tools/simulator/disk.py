@@ -32,6 +32,7 @@ from icechunk.errors import (
 )
 from icechunk.log.repository.open import create_repository
 from icechunk.log.repository.port import Layout
+from icechunk.runtime.threads import ProcessPool
 from icechunk.session.core import Core
 from icechunk.storage.local import folders
 from icechunk.storage.local.storage import LocalStorage
@@ -84,6 +85,16 @@ class _DiskLoop(VirtualLoop):
 
         self.call_later(self._rng.uniform(0.0001, 0.002), call)
         return future
+
+
+def _start(_: ProcessPool, work: Callable[[], object], then: Callable[[], object]) -> None:
+    """As `ProcessPool.start`, in the loop's time."""
+
+    def both() -> None:
+        work()
+        then()
+
+    asyncio.get_running_loop().run_in_executor(None, both)
 
 
 class _Machine:
@@ -229,7 +240,8 @@ def _make_repository(root: Path, layout: Layout) -> None:
         await sessions.make_array(repository)
         await repository.aclose()
 
-    loop.run_until_complete(create())
+    with mock.patch.object(ProcessPool, "start", _start):
+        loop.run_until_complete(create())
     loop.close()
 
 
@@ -246,6 +258,7 @@ def simulate_power_loss(seed: int, layout: Layout) -> Report:
     template = _template(layout)
     with (
         mock.patch.object(folders, "promises_of", return_value=promises),
+        mock.patch.object(ProcessPool, "start", _start),
         # The system's clock decides otherwise whether the folder of a young file is synced once more; a seed must.
         mock.patch.object(folders, "_CLOCK_GRAIN_NS", 1 << 62),
         tempfile.TemporaryDirectory(prefix="icechunk-simulated-disk-", dir=_memory()) as folder,
