@@ -191,10 +191,8 @@ async def test_a_repo_that_is_read_from_memory_and_then_from_the_disk_is_decoded
     await log.aclose()
     storage = LocalStorage(tmp_path)
     if replaced:
-        newer = storage.get_at_once("repo", unsynced=True)
-        assert newer is not None
-        newer = replace(newer, body=earlier)
-        monkeypatch.setattr(storage, "get_at_once", lambda key, *, unsynced: newer if unsynced else None)
+        read_first = replace(await storage.get("repo"), body=earlier)
+        monkeypatch.setattr(storage, "get_at_once", lambda key, *, unsynced: read_first if unsynced else None)
     decoded: list[bytes] = []
 
     def noted(data: bytes) -> RepoInfo:
