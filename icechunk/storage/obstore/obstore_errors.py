@@ -69,8 +69,7 @@ def missing(error: BaseException) -> bool:
 def failure_of(error: BaseException) -> Failure:
     """Judge the error of a request that was sent at most once."""
     name = type(error).__name__
-    match = _STATUS.search(str(error))
-    status = None if match is None else int(match[1])
+    status = _status_of(error)
     refused = name in ("AlreadyExistsError", "PreconditionError") or isinstance(error, FileExistsError)
     gone = missing(error)
     if refused or gone or name in _FINAL_NAMES:
@@ -88,6 +87,12 @@ def failure_of(error: BaseException) -> Failure:
         throttled=throttled,
         final=status in REFUSING_STATUSES,
     )
+
+
+def _status_of(error: BaseException) -> int | None:
+    """The status of the service's answer; None where there was none."""
+    match = _STATUS.search(str(error))
+    return None if match is None else int(match[1])
 
 
 def access_error(service: Service, right: Right, key: str, what: str, error: BaseException) -> StorageError:
@@ -116,7 +121,7 @@ def storage_error(what: str, error: BaseException) -> StorageError:
         hint, kind = "; check the names of the options", ErrorKind.STORAGE_CONFIG
     elif isinstance(error, FileNotFoundError) or name == "NotFoundError":
         hint = "; create the bucket or container, or check its name"
-    elif "429" in said:
+    elif _status_of(error) == 429:
         kind = ErrorKind.THROTTLED
     result = StorageError(f"cannot {what}: {said}{hint}", kind)
     result.__cause__ = error

@@ -118,6 +118,15 @@ async def test_a_write_without_answer_to_the_end_is_called_uncertain(gcs: FakeGc
     assert (caught.value.refused, caught.value.unsent) == (False, False)
 
 
+@pytest.mark.parametrize(("status", "kind"), [("429", "throttled"), ("503", "object-store")])
+async def test_the_status_says_whether_the_service_throttles_and_no_other_number(
+    gcs: FakeGcs, storage: ObstoreStorage, status: str, kind: str
+) -> None:
+    gcs.faults = [("PUT", f"{status} before")] * 4
+    with raises(StorageError, kind, "429.json"):
+        await storage.put("429.json", b"ours", Absent())
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 405, 501])
 async def test_a_refusal_of_every_try_is_certain(gcs: FakeGcs, storage: ObstoreStorage, status: int) -> None:
     gcs.faults = [("PUT", f"{status} before")]
