@@ -299,6 +299,13 @@ class SnapshotRows:
         out = writer.out
         vector = len(out)
         out += count.to_bytes(4, "little") + bytes(4 * count)
+        offsets = self._write_tables(writer) - np.arange(vector + 4, vector + 4 + 4 * count, 4)
+        out[vector + 4 : vector + 4 + 4 * count] = offsets.astype("<u4").tobytes()
+        return vector
+
+    def _write_tables(self, writer: FlatWriter) -> npt.NDArray[np.int64]:
+        """Write the tables, as a run; returns their positions."""
+        out, count = writer.out, len(self)
         positions: npt.NDArray[np.int64] = np.empty(count, np.int64)
         parents: npt.NDArray[np.int64] = np.empty(count, np.int64)
         old, former = self._old_numbers, self._stored.run
@@ -323,8 +330,7 @@ class SnapshotRows:
             positions[self._numbers] = self._write_records(writer, self._records)
             parents[self._numbers] = _parent_fields(out, positions[self._numbers].tolist())
         self._written = writer.end_run(start, positions), parents - start
-        out[vector + 4 : vector + 4 + 4 * count] = _offsets(positions, vector)
-        return vector
+        return positions
 
     def run(self) -> SnapshotRun | None:
         """The values from which the next file copies the tables; None: they are not written yet."""
@@ -399,26 +405,14 @@ class SameRows(SnapshotRows):
         row = None if id is None else self._stored.find(id)
         return NO_PARENT if row is None else row
 
-    def write(self, writer: FlatWriter) -> int:
-        count = len(self)
-        writer.align(4)
-        out = writer.out
-        vector = len(out)
-        out += count.to_bytes(4, "little") + bytes(4 * count)
+    def _write_tables(self, writer: FlatWriter) -> npt.NDArray[np.int64]:
         start = writer.begin_run(self._stored.tables.payload, self._former.run)
         positions = start + self._former.run.tables
         self._again = writer.end_run(start, positions)
-        out[vector + 4 : vector + 4 + 4 * count] = _offsets(positions, vector)
-        return vector
+        return positions
 
     def run(self) -> SnapshotRun | None:
         return None if self._again is None else self._former._replace(run=self._again)
-
-
-def _offsets(positions: npt.NDArray[np.int64], vector: int) -> bytes:
-    """The offsets of a vector, at this position, of the tables at those."""
-    fields = np.arange(vector + 4, vector + 4 + 4 * len(positions), 4)
-    return (positions - fields).astype("<u4").tobytes()
 
 
 def _parent_fields(out: bytearray, tables: Sequence[int]) -> list[int]:

@@ -75,9 +75,9 @@ class SnapshotGraph(Mapping[ObjectId, SnapshotRecord]):
     def rows(self) -> SnapshotRows:
         """The snapshots in the form in which a file is written from them."""
         stored = self._stored
-        return (
-            SnapshotRows(stored, self._changed) if self._changed or stored.run is None else SameRows(stored, stored.run)
-        )
+        if self._changed or stored.run is None:
+            return SnapshotRows(stored, self._changed)
+        return SameRows(stored, stored.run)
 
     def compacted(self) -> SnapshotGraph:
         """The same graph, in less memory if many snapshots have changed.
